@@ -1,0 +1,1 @@
+"""Timings of funcbayes beside plain loops and other libraries: `python -m benchmarks`."""

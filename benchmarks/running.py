@@ -1,0 +1,147 @@
+"""Runs a cell and puts what was measured into plain data."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cells import OURS, STRATEGIES, Cell, Plan
+from benchmarks.floors import floor_of, prototype_of
+from benchmarks.peers import BASELINE
+from benchmarks.timing import Spread, Timings, in_turn, one_line, peak_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(cell: Cell, *, quick: bool = False, toy: bool = False) -> dict[str, Any]:
+    """Times all sides of a cell.
+
+    Returns:
+        `name`, `baseline`, `prototype` (the ratio that a prototype reached, or None) and
+        `sides`: for each `seconds` and `ratio` (to the baseline; above 1 is faster), both
+        with median, quartiles and number of rounds; `rival` (for ours: the fastest other
+        library and the ratio to it), `floor`; or, for a side that was not timed, `absent`.
+        `disagrees` says where a side computed something else than the baseline.
+    """
+    try:
+        plan = cell.plan(toy)
+    except Exception as error:
+        return {
+            "name": cell.name,
+            "baseline": BASELINE,
+            "prototype": prototype_of(cell.name),
+            "sides": {"funcbayes": {"absent": one_line(error)}},
+        }
+    sides = {
+        name: side.call for name, side in plan.sides.items() if not (quick and name in STRATEGIES)
+    }
+    timings = in_turn(
+        sides,
+        budget=0 if toy else cell.seconds * (0.2 if quick else 1),
+        min_rounds=1 if toy else 3 if quick else 5,
+        secondary=plan.secondary,
+    )
+    return {
+        "name": cell.name,
+        "baseline": BASELINE,
+        "prototype": prototype_of(cell.name),
+        "sides": {
+            name: _side(cell, plan, timings, name)
+            for name in [*plan.sides, *plan.absent]
+            if name in sides or name in plan.absent
+        },
+    }
+
+
+def _side(cell: Cell, plan: Plan, timings: Timings, name: str) -> dict[str, Any]:
+    reason = plan.absent.get(name) or timings.failures.get(name)
+    if reason is not None:
+        return {"absent": reason}
+    side: dict[str, Any] = {"seconds": _rounded(timings.of(name)), "ratio": None}
+    if BASELINE in timings.seconds and name != BASELINE:
+        side["ratio"] = _rounded(timings.ratio(name, BASELINE))
+        side["floor"] = floor_of(cell.name, name)
+    reference = BASELINE if BASELINE in timings.outputs else "function"
+    complaint = _complaint(plan, timings, name, reference)
+    if complaint:
+        side["disagrees"] = complaint
+    # A library that is fast at computing something else is no rival.
+    rivals = [
+        rival
+        for rival in plan.rivals
+        if rival in timings.seconds and not _complaint(plan, timings, rival, reference)
+    ]
+    if name in OURS and rivals:
+        fastest = min(rivals, key=lambda rival: timings.of(rival).median)
+        side["rival"] = {"name": fastest, "ratio": _rounded(timings.ratio(name, fastest))}
+    return side
+
+
+def _complaint(plan: Plan, timings: Timings, name: str, reference: str) -> str | None:
+    value = plan.sides[name].value
+    if plan.agree is None or value is None or name == reference:
+        return None
+    if reference not in timings.outputs:
+        return None
+    try:
+        expected = plan.sides[reference].value(timings.outputs[reference])
+        plan.agree(value(timings.outputs[name]), expected)
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
+def _rounded(spread: Spread) -> dict[str, float | int]:
+    return {
+        "median": float(f"{spread.median:.4g}"),
+        "q1": float(f"{spread.q1:.4g}"),
+        "q3": float(f"{spread.q3:.4g}"),
+        "rounds": spread.rounds,
+    }
+
+
+def memory(cell: Cell, side: str) -> float | None:
+    """Peak megabytes of one call, measured in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks", "--memory-of", cell.name, side]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if child.returncode != 0:
+        return None
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def memory_here(cell: Cell, side: str) -> float | None:
+    """What `memory` has its process do."""
+    megabytes = peak_memory(cell.plan(False).sides[side].call)
+    return None if megabytes is None else round(megabytes, 1)
+
+
+def failures(cells: list[dict[str, Any]]) -> list[str]:
+    """What `--check` fails for.
+
+    A side of ours that did not run or that disagrees with the baseline; and a ratio that is
+    under its floor even at its upper quartile, so by more than the rounds differed.
+    """
+    lines = []
+    for cell in cells:
+        for name, side in cell["sides"].items():
+            where = f"{cell['name']}, {name}"
+            if name not in OURS:
+                continue
+            if "absent" in side:
+                lines.append(f"{where}: did not run: {side['absent']}")
+                continue
+            if "disagrees" in side:
+                lines.append(f"{where}: disagrees with the reference: {side['disagrees']}")
+            ratio, floor = side["ratio"], side.get("floor")
+            if ratio is not None and floor is not None and ratio["q3"] < floor:
+                lines.append(
+                    f"{where}: {ratio['median']:.3g} times the plain loop's speed "
+                    f"(quartiles {ratio['q1']:.3g} to {ratio['q3']:.3g}), floor {floor:g}"
+                )
+    return lines
+
+
+def unchecked(cells: list[dict[str, Any]]) -> list[str]:
+    """Cells with no ratio, for want of the baseline: no floor can hold or fail there."""
+    return [c["name"] for c in cells if "seconds" not in c["sides"].get(BASELINE, {})]

@@ -1,0 +1,1 @@
+"""Keys, pytrees, models, the parameter-use interpreter and likelihoods: nothing Bayesian yet."""

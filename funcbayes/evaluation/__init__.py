@@ -1,0 +1,1 @@
+"""From predictions to figures: uncertainties, metrics, calibration and pictures."""

@@ -1,0 +1,1 @@
+"""From data to a posterior, one method a module."""

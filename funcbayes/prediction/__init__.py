@@ -1,0 +1,6 @@
+"""From a posterior to predictions; which method made the posterior is not its business."""
+
+from funcbayes.prediction.predict import Strategy, predict
+from funcbayes.prediction.predictive import Predictive
+
+__all__ = ["Predictive", "Strategy", "predict"]

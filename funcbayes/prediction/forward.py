@@ -1,0 +1,173 @@
+"""One forward pass under sampled parameters, buffers and masks, in each way to run it."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from funcbayes.core import trees, uses
+from funcbayes.core.batching import map_samples
+from funcbayes.core.masks import KeyedDropout
+from funcbayes.core.model import Model
+from funcbayes.core.random import Key
+from funcbayes.posteriors import Draws, MaskStreams
+from funcbayes.posteriors.base import noise_format
+
+
+def only(draws: Draws) -> Draws:
+    """The one sample that `draws` holds, its leaves without the sample axis (as views)."""
+    params, constants = trees.index((draws.params, draws.constants), 0)
+    return Draws(params, constants, draws.masks)
+
+
+def one_sample(
+    model: Model, sample: Draws, x: Any, on_draw: Callable[[], None] | None = None
+) -> Any:
+    """Outputs `[batch, *out]` of a sample that `only` gave.
+
+    Args:
+        model: the network.
+        sample: what replaces the model's parameters and constants, and the masks.
+        x: inputs.
+        on_draw: called before each dropout mask is drawn.
+    """
+    return _forward(model, sample.params, sample.constants, sample.masks, None, x, on_draw)
+
+
+def all_samples(model: Model, draws: Draws, x: Any) -> Any:
+    """Outputs `[samples, batch, *out]` in one batched forward pass.
+
+    What does not depend on the sample is evaluated once: everything below the first uncertain
+    parameter, and everything before the first dropout.
+    """
+
+    def one(params: Any, constants: Any, index: Tensor | None) -> Any:
+        return _forward(model, params, constants, draws.masks, index, x, None)
+
+    index = None
+    if draws.masks is not None:
+        device = trees.tensor_leaves(model.params)[0].device
+        index = torch.arange(len(draws.masks.keys), device=device)
+    arguments = (draws.params, draws.constants, index)
+    axes = tuple(None if argument is None else 0 for argument in arguments)
+    # Masks are drawn inside, from generators of their own: "same" lets that pass.
+    randomness = "error" if draws.masks is None else "same"
+    with uses.batchable():
+        return vmap(one, in_dims=axes, randomness=randomness)(*arguments)
+
+
+def _forward(
+    model: Model,
+    params: Any,
+    constants: Any,
+    masks: MaskStreams | None,
+    index: Tensor | None,
+    x: Any,
+    on_draw: Callable[[], None] | None,
+) -> Any:
+    if params is None:
+        params = model.params if masks is None else masks.params
+    if masks is None:
+        return model.apply(params, x, constants)
+
+    def run(inputs: Any) -> Any:
+        dropout = KeyedDropout(masks.keys, index, rate=masks.rate, always=True, on_draw=on_draw)
+        with dropout:
+            return model.apply(params, inputs, constants)
+
+    if masks.per == "row":
+        return run(x)
+
+    # One mask for all rows: each row is a batch of one, and all of them meet the same mask.
+    def one_row(row: Any) -> Any:
+        outputs = run(trees.tensor_map(lambda leaf: leaf.unsqueeze(0), row))
+        return trees.tensor_map(lambda leaf: leaf.squeeze(0), outputs)
+
+    return map_samples(one_row, x, keyed=True, quiet=True)
+
+
+def noise_buffer(model: Model, posterior: Any, rows: int) -> Tensor | None:
+    """An uninitialised buffer for `rows` samples; None where the posterior needs none."""
+    size = posterior.draw_size
+    if not size:
+        return None
+    dtype, device = noise_format(model.params)
+    return torch.empty(rows, size, dtype=dtype, device=device)
+
+
+def one_by_one(
+    model: Model, posterior: Any, key: Key | None, x: Any, start: int, stop: int
+) -> Iterator[Any]:
+    """Outputs of samples start … stop − 1 in order: the plain loop."""
+    buffer = noise_buffer(model, posterior, 1)
+    for i in range(start, stop):
+        yield one_sample(model, only(posterior.draw(key, i, i + 1, buffer)), x)
+
+
+def in_threads(
+    model: Model, posterior: Any, key: Key | None, x: Any, start: int, stop: int
+) -> Iterator[Any]:
+    """Outputs of samples start … stop − 1 in order, one sample a worker at a time.
+
+    Each worker keeps its sample in its own core's cache, which a batched call with many rows
+    does not, and holds one sample's parameters in memory.
+    """
+    workers = min(torch.get_num_threads(), stop - start)
+    buffers = threading.local()
+    inference = torch.is_inference_mode_enabled()
+    autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    def work(i: int) -> Any:
+        # Modes are a thread's own: carry the caller's over.
+        with (
+            torch.inference_mode(inference),
+            torch.no_grad(),
+            torch.autocast("cpu", dtype=dtype, enabled=autocast),
+        ):
+            if not hasattr(buffers, "row"):
+                buffers.row = noise_buffer(model, posterior, 1)
+            return one_sample(model, only(posterior.draw(key, i, i + 1, buffers.row)), x)
+
+    pool = _single_threaded_pool(workers, os.getpid())
+    waiting: list[Future[Any]] = []
+    try:
+        for i in range(start, stop):
+            waiting.append(pool.submit(work, i))
+            # A bounded queue, so that outputs do not pile up before they are merged.
+            if len(waiting) > 2 * workers:
+                yield waiting.pop(0).result()
+        while waiting:
+            yield waiting.pop(0).result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        for future in waiting:
+            if not future.cancelled():
+                future.exception()  # waits: nothing goes on behind the caller's back
+
+
+@lru_cache(maxsize=4)
+def _single_threaded_pool(workers: int, pid: int) -> ThreadPoolExecutor:
+    """Workers whose torch operations run on one core each; `pid` because forks lose threads."""
+    del pid
+    here = torch.get_num_threads()
+    ready = threading.Barrier(workers)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        # A thread's first look takes over the number that was set last anywhere: look now.
+        torch.get_num_threads()
+        ready.wait()
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="funcbayes-samples")
+    for future in [pool.submit(start) for _ in range(workers)]:
+        future.result()
+    # torch hands the number that was set last to threads that start later.
+    torch.set_num_threads(here)
+    return pool

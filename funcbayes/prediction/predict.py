@@ -1,0 +1,248 @@
+"""Predictions under a posterior: any model, any posterior, one call."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from funcbayes.core import random, trees
+from funcbayes.core.batching import is_out_of_memory, is_unbatchable, log_unbatchable
+from funcbayes.core.data import batch_size
+from funcbayes.core.likelihoods import Likelihood
+from funcbayes.core.model import Model
+from funcbayes.core.random import Key, KeyLike
+from funcbayes.posteriors import DropoutMasks, Empirical
+from funcbayes.posteriors.base import check_num_samples
+from funcbayes.prediction import forward, planner
+from funcbayes.prediction.predictive import Predictive, RunningMoments
+
+Strategy = Literal["auto", "vmap", "loop", "threads"]
+
+
+@torch.no_grad()
+def predict(
+    model: Model,
+    posterior: Any,
+    x: Any,
+    *,
+    key: KeyLike | None,
+    num_samples: int | None = None,
+    likelihood: Likelihood | None = None,
+    strategy: Strategy = "auto",
+    chunk_size: int | None = None,
+    return_samples: bool = False,
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> Predictive:
+    """Predicts with posterior samples.
+
+    Sample i depends on `(key, i)` alone, so the result does not depend on the strategy or the
+    chunk size, but for rounding. No gradients are computed, and nothing of the user's changes.
+
+    Args:
+        model: the network.
+        posterior: a distribution over its parameters, e.g. of `funcbayes.swag.posterior`.
+        x: inputs, a pytree of tensors with a leading batch axis, on the parameters' device.
+        key: what the samples are drawn from. None only where nothing is drawn: members of
+            an `Empirical` posterior with `num_samples=None`.
+        num_samples: how many samples. None: every member of an `Empirical` posterior once,
+            in order; an error for the others.
+        likelihood: what the outputs mean. With it, `mean` is that of the probabilities (or
+            of the regression mean) and entropies and the aleatoric variance are there; None:
+            moments of the outputs as they are.
+        strategy: "vmap" is one batched forward pass; "loop" one pass a sample; "threads" one
+            pass a sample on each core; "auto" what is fastest.
+        chunk_size: most samples in one batched pass; None: what fits into memory. Halved as
+            often as needed where memory runs out.
+        return_samples: whether `Predictive.samples` is kept.
+        transform: applied to outputs without a likelihood before moments are taken.
+
+    Returns:
+        The predictive distribution.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range; the parameters are not finite or do not fit
+            the model; `strategy="vmap"` and vmap cannot batch the model.
+
+    Warns:
+        UserWarning: the posterior is dropout, and no dropout was active in the forward pass.
+    """
+    num, parent = _check(model, posterior, x, key, num_samples, strategy, chunk_size)
+    run = _Run(model, posterior, parent, x, num, chunk_size)
+    moments = RunningMoments(likelihood, transform, keep_samples=return_samples)
+    for outputs in run.outputs(strategy):
+        moments.add(outputs)
+    return moments.result()
+
+
+class _UnbatchableError(Exception):
+    """vmap has no rule for what the model does."""
+
+
+class _Run(NamedTuple):
+    """One call's arguments; each method gives outputs in chunks with a leading sample axis."""
+
+    model: Model
+    posterior: Any
+    key: Key | None
+    x: Any
+    num: int
+    chunk_size: int | None
+
+    def outputs(self, strategy: str) -> Iterator[Any]:
+        masks = isinstance(self.posterior, DropoutMasks)
+        plan_key = planner.plan_key(self.posterior, self.x)
+        profile = self.model._plans.get(plan_key)
+        done = 0
+        if profile is None:
+            first, profile = self._measured()
+            planner.remember(self.model, plan_key, profile)
+            yield _with_sample_axis(first)
+            done = 1
+        if masks and not profile.stochastic:
+            warnings.warn(
+                "no dropout was active in the forward pass: all samples are identical and their"
+                " variance is zero",
+                UserWarning,
+                stacklevel=4,
+            )
+        if done == self.num:
+            return
+        if strategy != "auto":
+            yield from self._by(strategy, done, profile)
+            return
+        chosen = planner.choose(profile, self.num - done, masks=masks, device=self._device)
+        if chosen == "vmap":
+            try:
+                for outputs in self._vmapped(done, profile):
+                    yield outputs
+                    done += trees.leading_size(outputs)
+                return
+            except _UnbatchableError as error:
+                log_unbatchable(error)
+                profile = profile._replace(batchable=False)
+                planner.remember(self.model, plan_key, profile)
+                left = self.num - done
+                chosen = planner.choose(profile, left, masks=masks, device=self._device)
+        x = _channels_last(self.x) if profile.channels_last and chosen == "threads" else self.x
+        yield from self._replace(x=x)._by(chosen, done, profile)
+
+    def _measured(self) -> tuple[Any, planner.Profile]:
+        """Outputs and profile of sample 0."""
+        buffer = forward.noise_buffer(self.model, self.posterior, 1)
+        sample = forward.only(self.posterior.draw(self.key, 0, 1, buffer))
+        if _has_convolutions(self.model, self.x):
+            try:
+                outputs, profile = planner.measure(self.model, sample, _channels_last(self.x))
+                return outputs, profile._replace(channels_last=True)
+            except RuntimeError:
+                pass  # a `view` that needs the usual memory format, or a fault that comes again
+        return planner.measure(self.model, sample, self.x)
+
+    def _by(self, strategy: str, done: int, profile: planner.Profile) -> Iterator[Any]:
+        if strategy == "vmap":
+            try:
+                yield from self._vmapped(done, profile)
+            except _UnbatchableError as error:
+                raise ValueError(
+                    f"`strategy` is 'vmap', but vmap cannot batch this model ({error}): use"
+                    " strategy='auto', which then runs its samples one by one"
+                ) from error
+            return
+        run = forward.in_threads if strategy == "threads" else forward.one_by_one
+        for outputs in run(self.model, self.posterior, self.key, self.x, done, self.num):
+            yield _with_sample_axis(outputs)
+
+    def _vmapped(self, done: int, profile: planner.Profile) -> Iterator[Any]:
+        draw_bytes = 8 * max(self.posterior.draw_size, trees.num_elements(self.model.params))
+        chunk = planner.chunk_for(profile, self.num - done, draw_bytes, self._device)
+        chunk = chunk if self.chunk_size is None else min(self.chunk_size, self.num - done)
+        buffer = None
+        while done < self.num:
+            size = min(chunk, self.num - done)
+            try:
+                if buffer is None:
+                    buffer = forward.noise_buffer(self.model, self.posterior, size)
+                rows = None if buffer is None else buffer[:size]
+                draws = self.posterior.draw(self.key, done, done + size, rows)
+                outputs = forward.all_samples(self.model, draws, self.x)
+            except (RuntimeError, NotImplementedError, MemoryError) as error:
+                if is_out_of_memory(error) and size > 1:
+                    chunk, buffer = size // 2, None
+                    continue
+                if is_unbatchable(error):
+                    raise _UnbatchableError(str(error).split("\n")[0]) from error
+                raise
+            done += size
+            yield outputs
+
+    @property
+    def _device(self) -> torch.device:
+        return trees.tensor_leaves(self.model.params)[0].device
+
+
+def _check(
+    model: Model,
+    posterior: Any,
+    x: Any,
+    key: KeyLike | None,
+    num_samples: int | None,
+    strategy: str,
+    chunk_size: int | None,
+) -> tuple[int, Key | None]:
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}, expected a funcbayes.Model: make one with"
+            " funcbayes.Model.from_module(net)"
+        )
+    if not hasattr(posterior, "draw"):
+        raise TypeError(
+            f"`posterior` is a {type(posterior).__name__}, expected a posterior: a state becomes"
+            " one by its method's `posterior`, e.g. funcbayes.swag.posterior(state)"
+        )
+    if strategy not in get_args(Strategy):
+        raise ValueError(f"`strategy` is {strategy!r}, expected one of {get_args(Strategy)}")
+    if chunk_size is not None:
+        check_num_samples(chunk_size, name="chunk_size")
+    batch_size(x)
+    trees.check_finite(posterior, name="posterior")
+    if hasattr(posterior, "mean"):
+        template = posterior.params if isinstance(posterior, Empirical) else posterior.mean
+        dims = 1 if isinstance(posterior, Empirical) else 0
+        trees.check_like(template, model.params, name="posterior.mean", batch_dims=dims)
+    if num_samples is None:
+        if not isinstance(posterior, Empirical):
+            raise ValueError(
+                "`num_samples` is None, expected a number: only an Empirical posterior (an"
+                " ensemble) has a number of members of its own"
+            )
+        return posterior.num_members, None
+    num = check_num_samples(num_samples)
+    if key is None:
+        raise ValueError(
+            "`key` is None, expected a key or an integer seed: samples are drawn from it"
+        )
+    return num, random.as_key(key)
+
+
+def _with_sample_axis(outputs: Any) -> Any:
+    return trees.tensor_map(lambda leaf: leaf.unsqueeze(0), outputs)
+
+
+def _has_convolutions(model: Model, x: Any) -> bool:
+    """Whether the channels-last format, which CPU convolutions prefer, may pay."""
+    images = any(_is_image(leaf) for leaf in trees.tensor_leaves(x))
+    weights = trees.tensor_leaves((model.params, model.constants))
+    return images and any(leaf.dim() == 4 for leaf in weights)
+
+
+def _channels_last(x: Any) -> Any:
+    return trees.tensor_map(
+        lambda leaf: leaf.to(memory_format=torch.channels_last) if _is_image(leaf) else leaf, x
+    )
+
+
+def _is_image(leaf: Tensor) -> bool:
+    return leaf.dim() == 4 and leaf.is_floating_point() and leaf.device.type == "cpu"

@@ -1,0 +1,293 @@
+"""Keys and the numbers drawn from them: a function of the key, and of nothing else."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from funcbayes.core import random
+
+STEPS = st.one_of(
+    st.tuples(st.just("fold_in"), st.integers(0, 2**64 - 1)),
+    st.tuples(st.just("split"), st.integers(0, 5)),
+)
+# Small numbers too, so that chains that differ only in how they are built come up.
+CHAINS = st.lists(
+    st.one_of(STEPS, st.tuples(st.sampled_from(["fold_in", "split"]), st.integers(0, 2))),
+    max_size=4,
+).map(tuple)
+DRAWS = {
+    "normal": lambda key: random.normal(key, (3, 2)),
+    "uniform": lambda key: random.uniform(key, (3, 2)),
+    "bernoulli": lambda key: random.bernoulli(key, 0.5, (64,)),
+    "randint": lambda key: random.randint(key, 0, 1000, (9,)),
+    "permutation": lambda key: random.permutation(key, 50),
+    "normal_rows": lambda key: random.normal_rows(key, 0, 2, 3),
+}
+
+
+def derive(seed, chain):
+    key = random.key(seed)
+    for step, number in chain:
+        key = random.fold_in(key, number) if step == "fold_in" else random.split(key, 6)[number]
+    return key
+
+
+def z_score(x, mean, variance):
+    return float((x.double().mean() - mean) / math.sqrt(variance / x.numel()))
+
+
+# -- keys ----------------------------------------------------------------------------------
+
+
+@example(first=(("split", 1), ("split", 0), ("split", 0)), second=(("fold_in", 0),))
+@example(first=(("fold_in", 1),), second=(("fold_in", 1 + 2**32),))
+@example(first=(("split", 2),), second=(("fold_in", 2),))
+@given(first=CHAINS, second=CHAINS)
+def test_chains_of_splits_and_folds_never_collide(first, second):
+    a, b = derive(0, first), derive(0, second)
+    assert (a == b) == (first == second)
+    assert (random.seed(a) == random.seed(b)) == (first == second)
+
+
+@given(seeds=st.tuples(st.integers(0, 2**128 - 1), st.integers(0, 2**128 - 1)), chain=CHAINS)
+def test_different_seeds_never_collide(seeds, chain):
+    a, b = (derive(seed, chain) for seed in seeds)
+    assert (random.seed(a) == random.seed(b)) == (seeds[0] == seeds[1])
+
+
+def test_a_split_is_no_fold_and_no_seed():
+    keys = [random.key(0), random.key(1), random.key(2**32), random.key(2**64)]
+    keys += random.split(0, 3) + [random.fold_in(0, i) for i in (0, 1, 2, 2**32, 2**33)]
+    assert len({random.seed(key) for key in keys}) == len(keys)
+
+
+def test_a_split_into_more_keys_begins_with_the_same_ones():
+    assert random.split(3, 5)[:2] == random.split(3)
+    assert random.split(3, 0) == []
+
+
+def test_keys_are_immutable_and_deriving_leaves_the_parent_alone():
+    key = random.key(5)
+    random.fold_in(key, 1)
+    random.split(key)
+    assert key == random.Key(5, ())
+    assert hash(key) == hash(random.key(5))
+    with pytest.raises(AttributeError):
+        key.entropy = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("as_int", [5, np.int64(5), np.uint8(5), torch.tensor(5)])
+def test_an_integer_stands_for_its_key(name, as_int):
+    assert_close(DRAWS[name](as_int), DRAWS[name](random.key(5)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (True, TypeError, "`key` is a bool, expected a funcbayes key or an integer"),
+        (1.0, TypeError, "`key` is a float, expected a non-negative integer"),
+        ("0", TypeError, "`key` is a str"),
+        (None, TypeError, "`key` is a NoneType"),
+        ((0, ()), TypeError, "`key` is a tuple"),
+        (torch.tensor([0, 1]), TypeError, "`key` is a Tensor"),
+        (-1, ValueError, r"`key` is -1, expected 0 ≤ key < 2\*\*128"),
+        (2**128, ValueError, r"expected 0 ≤ key < 2\*\*128"),
+    ],
+)
+def test_what_is_no_key_is_refused(value, error, message):
+    with pytest.raises(error, match=message):
+        random.as_key(value)
+
+
+def test_derivations_check_their_numbers():
+    with pytest.raises(ValueError, match="`seed` is -1, expected 0 ≤ seed"):
+        random.key(-1)
+    with pytest.raises(TypeError, match="`seed` is a bool"):
+        random.key(True)
+    with pytest.raises(ValueError, match="`data` is -1"):
+        random.fold_in(0, -1)
+    with pytest.raises(ValueError, match=r"`data` is \d+, expected 0 ≤ data < 2\*\*64"):
+        random.fold_in(0, 2**64)
+    with pytest.raises(TypeError, match="`data` is a bool"):
+        random.fold_in(0, True)
+    with pytest.raises(ValueError, match="`num` is -2"):
+        random.split(0, -2)
+
+
+# -- draws ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@given(seed=st.integers(0, 2**128 - 1), chain=CHAINS)
+def test_the_same_key_gives_the_same_numbers_and_touches_nothing(name, seed, chain):
+    key = derive(seed, chain)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    first = DRAWS[name](key)
+    torch.rand(3)  # the global generator moves between the draws
+    assert_close(DRAWS[name](key), first, rtol=0, atol=0)
+    torch.set_rng_state(before)
+    DRAWS[name](key)
+    assert torch.equal(before, torch.get_rng_state())
+    assert (numpy_before == np.random.get_state()[1]).all()  # noqa: NPY002
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_another_key_gives_other_numbers(name):
+    assert not torch.equal(DRAWS[name](random.key(0)), DRAWS[name](random.key(1)))
+    a, b = random.split(0)
+    assert not torch.equal(DRAWS[name](a), DRAWS[name](b))
+
+
+def test_moments_of_normal_and_uniform_numbers():
+    n = 100_000
+    for dtype in (torch.float32, torch.float64):
+        z = random.normal(0, (n,), dtype=dtype)
+        assert z.dtype == dtype
+        # Fourth moment 3, so the square has variance 2.
+        assert abs(z_score(z, 0, 1)) < 5
+        assert abs(z_score(z.square(), 1, 2)) < 5
+        u = random.uniform(1, (n,), dtype=dtype)
+        assert u.dtype == dtype
+        assert bool(((u >= 0) & (u < 1)).all())
+        assert abs(z_score(u, 1 / 2, 1 / 12)) < 5
+        assert abs(z_score(u.square(), 1 / 3, 1 / 5 - 1 / 9)) < 5
+
+
+@pytest.mark.parametrize("probability", [0.0, 1e-4, 0.3, 1.0])
+def test_bernoulli_has_its_probability(probability):
+    n = 200_000
+    hits = random.bernoulli(0, probability, (n,))
+    assert hits.dtype == torch.bool
+    if probability in (0, 1):
+        assert int(hits.sum()) == n * probability
+    else:
+        assert abs(z_score(hits, probability, probability * (1 - probability))) < 5
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.1, math.nan])
+def test_bernoulli_refuses_what_is_no_probability(probability):
+    with pytest.raises(ValueError, match=r"`probability` is .*, expected a number in \[0, 1\]"):
+        random.bernoulli(0, probability, (2,))
+
+
+@given(low=st.integers(-5, 5), size=st.integers(1, 6), seed=st.integers(0, 2**32))
+def test_randint_takes_every_value_of_its_range(low, size, seed):
+    drawn = random.randint(seed, low, low + size, (400,))
+    # Probability that one of 6 values is missed: 6 · (5/6)^400 < 1e-30.
+    assert sorted(set(drawn.tolist())) == list(range(low, low + size))
+
+
+def test_randint_refuses_an_empty_range():
+    with pytest.raises(ValueError, match="`high` is 3, expected more than `low`, which is 3"):
+        random.randint(0, 3, 3, (1,))
+
+
+def test_every_permutation_is_equally_likely():
+    n = 2000
+    drawn = [tuple(random.permutation(random.fold_in(0, i), 3).tolist()) for i in range(n)]
+    assert set(map(frozenset, drawn)) == {frozenset(range(3))}
+    for order in set(drawn):
+        hits = torch.tensor([d == order for d in drawn])
+        assert abs(z_score(hits, 1 / 6, 5 / 36)) < 5
+    assert len(set(drawn)) == 6
+    assert random.permutation(0, 0).shape == (0,)
+
+
+# -- rows ----------------------------------------------------------------------------------
+
+
+@given(
+    seed=st.integers(0, 2**64),
+    cuts=st.tuples(st.integers(0, 7), st.integers(0, 7)),
+    num=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    into_buffer=st.booleans(),
+)
+def test_a_row_does_not_depend_on_the_chunk_it_is_drawn_in(seed, cuts, num, dtype, into_buffer):
+    start, stop = sorted(cuts)
+    whole = random.normal_rows(seed, 0, 7, num, dtype=dtype)
+    out = torch.full((stop - start, num), math.nan, dtype=dtype) if into_buffer else None
+    part = random.normal_rows(seed, start, stop, num, dtype=dtype, out=out)
+    assert_close(part, whole[start:stop], rtol=0, atol=0)
+    assert out is None or part is out
+    for i in range(start, stop):
+        row = random.normal(random.fold_in(seed, i), (num,), dtype=dtype)
+        assert_close(whole[i], row, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_threads_draw_what_one_thread_draws(inference, monkeypatch):
+    alone = random.normal_rows(3, 0, 9, 50)
+    before = torch.get_num_threads()
+    monkeypatch.setattr(random, "_THREADS_FROM", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    with torch.inference_mode(inference):
+        together = random.normal_rows(3, 0, 9, 50)
+        assert_close(together.clone(), alone, rtol=0, atol=0)
+        buffer = torch.empty(9, 50)
+        random.normal_rows(3, 0, 9, 50, out=buffer)
+        assert_close(buffer.clone(), alone, rtol=0, atol=0)
+    monkeypatch.undo()
+    assert torch.get_num_threads() == before
+
+
+def test_rows_are_standard_normal_and_uncorrelated():
+    rows, num = 20, 20_000
+    z = random.normal_rows(0, 0, rows, num, dtype=torch.float64)
+    assert abs(z_score(z, 0, 1)) < 5
+    assert abs(z_score(z.square(), 1, 2)) < 5
+    between = (z @ z.T / math.sqrt(num))[~torch.eye(rows, dtype=torch.bool)]
+    assert float(between.abs().max()) < 5  # each standard normal
+    neighbours = z[:, 1:] * z[:, :-1]
+    assert abs(z_score(neighbours, 0, 1)) < 5
+
+
+def test_rows_check_their_buffer_and_their_numbers():
+    with pytest.raises(ValueError, match=r"`out` has shape \(3, 4\), expected \(2, 4\)"):
+        random.normal_rows(0, 0, 2, 4, out=torch.empty(3, 4))
+    with pytest.raises(ValueError, match="`data` is -1"):
+        random.normal_rows(0, -1, 2, 4)
+    assert random.normal_rows(0, 4, 4, 3).shape == (0, 3)
+
+
+# -- guarding the global generators ---------------------------------------------------------
+
+
+def test_a_draw_from_the_global_generator_is_found_and_undone():
+    device = torch.device("cpu")
+    before = torch.get_rng_state()
+    with random.global_generators_unused(device):
+        random.normal(0, (4,))
+    with (
+        pytest.raises(ValueError, match="draws from torch's global generator in evaluation mode"),
+        random.global_generators_unused(device),
+    ):
+        torch.rand(2)
+    assert torch.equal(before, torch.get_rng_state())
+    # An error inside comes out as it is.
+    with pytest.raises(RuntimeError, match="shape"), random.global_generators_unused(device):
+        torch.rand(2).view(3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["normal", "uniform", "normal_rows"])
+def test_draws_on_cuda_are_functions_of_the_key(name):
+    draw = {
+        "normal": lambda key: random.normal(key, (5,), device="cuda"),
+        "uniform": lambda key: random.uniform(key, (5,), device="cuda"),
+        "normal_rows": lambda key: random.normal_rows(key, 0, 2, 5, device="cuda"),
+    }[name]
+    before = torch.cuda.get_rng_state()
+    assert draw(0).is_cuda
+    assert_close(draw(0), draw(random.key(0)), rtol=0, atol=0)
+    assert not torch.equal(draw(0), draw(1))
+    assert torch.equal(before, torch.cuda.get_rng_state())
+    rows = random.normal_rows(7, 0, 4, 5, device="cuda")
+    assert_close(random.normal_rows(7, 2, 3, 5, device="cuda"), rows[2:3], rtol=0, atol=0)

@@ -1,0 +1,197 @@
+"""The benchmark program at toy sizes: that every cell runs, not how fast it is."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from benchmarks import __main__ as program
+from benchmarks import floors, models, peers, report, running, timing
+from benchmarks.cells import OURS, all_cells, same_prediction, same_tensor
+from benchmarks.peers import BASELINE
+
+
+def toy_cells():
+    # A cell's sizes differ in the number of inputs and members only, which a toy lacks.
+    return {c.name.partition("=")[0].rsplit("/", 1)[0]: c for c in all_cells()}.values()
+
+
+def spread(median, q1=None, q3=None):
+    return {"median": median, "q1": q1 or median, "q3": q3 or median, "rounds": 5}
+
+
+def a_cell(ratio, floor=1.0, **side):
+    ours = {"seconds": spread(0.1), "ratio": ratio, "floor": floor, **side}
+    baseline = {"seconds": spread(0.2), "ratio": None}
+    return {
+        "name": "predict/swag/mlp/N=1",
+        "baseline": BASELINE,
+        "prototype": 3.9,
+        "sides": {BASELINE: baseline, "auto": ours},
+    }
+
+
+@pytest.mark.parametrize("cell", toy_cells(), ids=lambda cell: cell.name)
+def test_every_cell_runs_at_toy_size_and_fits_the_schema(cell):
+    torch.manual_seed(0)
+    result = running.run(cell, toy=True)
+
+    assert result["name"] == cell.name
+    assert result["baseline"] == BASELINE
+    ours = [name for name in result["sides"] if name in OURS]
+    assert ours
+    for name, side in result["sides"].items():
+        if "absent" in side:
+            assert name not in OURS, side["absent"]
+            assert side["absent"]
+            continue
+        assert set(side) <= {"seconds", "ratio", "floor", "rival", "disagrees"}
+        assert set(side["seconds"]) == {"median", "q1", "q3", "rounds"}
+        assert side["seconds"]["median"] > 0
+        assert not (name in OURS and "disagrees" in side), side
+    assert BASELINE in result["sides"]
+    results = json.loads(json.dumps(report.collect([result], quick=True)))
+    assert cell.name.partition("/")[2] in report.markdown(results)
+
+
+def test_a_peer_that_is_missing_is_said_to_be(monkeypatch):
+    monkeypatch.setattr(peers, "load", lambda name: (None, "not installed"))
+    cell = next(c for c in all_cells() if c.name == "predict/swag/mlp/N=1")
+    result = running.run(cell, toy=True)
+
+    assert result["sides"][BASELINE] == {"absent": "not installed"}
+    assert result["sides"]["auto"]["ratio"] is None
+    assert running.failures([result]) == []
+    assert running.unchecked([result]) == [cell.name]
+    assert "No ratio" in report.markdown(report.collect([result], quick=True))
+
+
+def test_a_side_of_ours_that_raises_is_a_failure(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("nothing works\nat all")
+
+    monkeypatch.setattr("funcbayes.predict", broken)
+    cell = next(c for c in all_cells() if c.name == "predict/swag/mlp/N=1")
+    result = running.run(cell, toy=True)
+
+    assert result["sides"]["auto"] == {"absent": "RuntimeError: nothing works"}
+    assert any("auto: did not run" in line for line in running.failures([result]))
+
+
+def test_names_are_unique_and_every_floor_and_prototype_fits_a_cell():
+    names = [cell.name for cell in all_cells()]
+    assert len(set(names)) == len(names)
+    for floor in floors.FLOORS:
+        assert any(floors.fnmatchcase(name, floor.cells) for name in names), floor
+    for pattern in floors.PROTOTYPES:
+        assert any(floors.fnmatchcase(name, pattern) for name in names), pattern
+    assert all(floors.floor_of(n, "auto") for n in names if n.startswith("predict/"))
+
+
+def test_a_ratio_fails_only_if_its_upper_quartile_is_under_the_floor():
+    assert running.failures([a_cell(spread(1.2))]) == []
+    assert running.failures([a_cell(spread(0.97, 0.9, 1.01))]) == []
+    (line,) = running.failures([a_cell(spread(0.9, 0.85, 0.95))])
+    assert "0.9 times" in line
+    assert "floor 1" in line
+
+
+def test_the_report_names_every_loss():
+    results = report.collect([a_cell(spread(0.9, 0.85, 0.95))], quick=False)
+    text = report.markdown(results)
+    assert "- predict/swag/mlp/N=1, auto: 0.90" in text
+    assert results["schema"] == 1
+    assert {"commit", "python", "torch", "threads", "cpu", "peers"} <= set(results["environment"])
+
+
+def test_sides_are_timed_in_turn_and_compared_round_by_round():
+    calls = []
+
+    def side(name, seconds):
+        def call():
+            calls.append(name)
+            time.sleep(seconds)
+
+        return call
+
+    timings = timing.in_turn({"a": side("a", 0.002), "b": side("b", 0.001)}, budget=0, min_rounds=4)
+    assert calls == list("ab" + "abbaabba")
+    assert timings.of("a").rounds == 4
+    assert timings.ratio("b", "a").median == pytest.approx(
+        timing.spread([a / b for a, b in zip(*timings.seconds.values(), strict=True)]).median
+    )
+
+
+def test_a_slow_secondary_side_sits_rounds_out(monkeypatch):
+    clock = 0.0
+
+    def side(seconds):
+        def call():
+            nonlocal clock
+            clock += seconds
+
+        return call
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock)
+    timings = timing.in_turn(
+        {"fast": side(1.0), "slow": side(10.0)}, budget=60, min_rounds=2, secondary=("slow",)
+    )
+    # Slow sits out once its calls have taken more than its half of the 60 seconds; fast
+    # goes on until the next round would not fit.
+    assert timings.of("slow").rounds == 4
+    assert timings.of("fast").rounds == 20
+    assert [math.isnan(t) for t in timings.seconds["slow"]] == [False] * 4 + [True] * 16
+    assert timings.ratio("slow", "fast") == timing.Spread(0.1, 0.1, 0.1, 4)
+
+
+def test_two_different_computations_do_not_agree():
+    x = torch.rand(4, 10)
+    same_tensor(x, x)
+    with pytest.raises(AssertionError, match="relative difference"):
+        same_tensor(x, 2 * x)
+    same_prediction((x, x), (x, x), num_samples=20)
+    with pytest.raises(AssertionError, match="variance 0 times"):
+        same_prediction((x, 0 * x), (x, x), num_samples=20)
+    with pytest.raises(AssertionError, match="standard errors"):
+        same_prediction((x + 9, x), (x, x), num_samples=20)
+
+
+def test_peak_memory_is_one_of_the_call():
+    def call():
+        return torch.zeros(32 * 2**20, dtype=torch.uint8).add_(1)
+
+    megabytes = timing.peak_memory(call)
+    if megabytes is None:
+        pytest.skip("this system does not tell the peak memory")
+    # Anything that the test process freed earlier hides part of the peak, never adds.
+    assert megabytes < 100
+
+
+def test_the_models_have_their_stated_sizes():
+    sizes = {"mlp": 536e3, "lenet": 545e3, "resnet-w16": 701e3, "resnet-w64": 11.2e6}
+    for name, expected in sizes.items():
+        num = sum(p.numel() for p in models.build(name).parameters())
+        assert num == pytest.approx(expected, rel=0.005)
+    state = torch.random.get_rng_state()
+    one, other = models.build("mlp").state_dict(), models.build("mlp").state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_command_writes_both_files_and_names_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(running, "run", lambda cell, **_: a_cell(spread(0.5)))
+    only = ["--only", "predict/swag/mlp/N=1024", "--no-memory", "--output", str(tmp_path)]
+    assert program.main(only) == 0
+    assert program.main([*only, "--check"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILURE predict/swag/mlp/N=1, auto" in out
+    assert str(tmp_path / "benchmarks.md") in out
+    assert json.loads((tmp_path / "benchmarks.json").read_text())["cells"]
+
+
+def test_a_name_that_no_cell_has_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        program.main(["--only", "predikt"])
+    assert "no cell's name contains" in capsys.readouterr().err

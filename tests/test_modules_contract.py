@@ -895,3 +895,26 @@ def test_a_tuple_is_positional_arguments():
     for method in (fb.MCDropout(net), ensemble, laplace, swag):
         assert method.predict((X, X))[0].shape == (6, 2)
     assert fb.MCDropout(net)((X, X)).shape == (6, 2)
+
+
+def test_predictions_follow_every_change_of_the_network():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    method = fb.MCDropout(net, num_samples=400, dropout_rate=None)
+    x = torch.ones(1, 3)
+    wide = method.predict(x, normalize_output=False, key=0)[1]
+    net[1].p = 0.01  # an attribute
+    narrow = method.predict(x, normalize_output=False, key=0)[1]
+    assert (narrow < wide / 4).all()
+    with torch.no_grad():
+        net[2].bias.add_(5.0)  # a value
+    shifted = method.predict(x, normalize_output=False, key=0)[0]
+    net[2].bias.data = net[2].bias.data + 5.0  # other memory
+    again = method.predict(x, normalize_output=False, key=0)[0]
+    torch.testing.assert_close(again, shifted + 5.0)
+    net[0].register_forward_hook(lambda module, inputs, output: output * 0)  # a hook
+    hooked = method.predict(x, normalize_output=False, key=0)[0]
+    torch.testing.assert_close(hooked, net[2].bias.detach()[None])
+    net[2] = nn.Linear(4, 5)  # a layer
+    assert method.predict(x)[0].shape == (1, 5)
+    method.double()  # a dtype
+    assert method.predict(x.double())[0].dtype == torch.float64

@@ -21,6 +21,22 @@ from funcbayes.core.trees import TensorTree, check_like, leaves_with_names
 Constants = Mapping[str, Tensor]
 
 
+class Scratch:
+    """What predictions with a model leave for the next; empty in a copy or a pickle.
+
+    Attributes:
+        plans: how the samples are best run, by shapes.
+        buffers: memory for noise, since fresh memory takes longer to map than to fill.
+    """
+
+    def __init__(self) -> None:
+        self.plans: dict[Any, Any] = {}
+        self.buffers: deque[Tensor] = deque(maxlen=2)
+
+    def __reduce__(self) -> tuple[type["Scratch"], tuple[()]]:
+        return Scratch, ()
+
+
 class Model:
     """A pure function of parameters and inputs, with the trees it was made from.
 
@@ -57,7 +73,7 @@ class Model:
         self.params = params
         self.constants = dict(constants or {})
         self._function = apply
-        self._plans: dict[Any, Any] = {}
+        self._scratch = Scratch()
 
     @classmethod
     def from_module(cls, net: nn.Module, bayesian: Callable[[str], bool] | None = None) -> "Model":
@@ -145,9 +161,10 @@ class _ModuleModel(Model):
         self.constants = {**others, **buffers}
         self._buffer_names = tuple(buffers)
         self._written = (*buffers, *_renormalised(net))
+        self._written_in_eval = (*_foreign_buffers(net), *_renormalised(net))
         # Looking for ties at every call costs a walk over all modules.
         self._tied = _has_ties(net)
-        self._plans = {}
+        self._scratch = Scratch()
         # A module is not safe to call from two threads at once, so each call borrows a
         # copy; the first is made now, so that later changes of `net` don't show.
         self._template = _structural_copy(net)
@@ -158,25 +175,27 @@ class _ModuleModel(Model):
         )
 
     def apply(self, params: TensorTree, x: Any, constants: Constants | None = None) -> Any:
-        tensors = self._tensors(params, constants)
+        tensors = self._tensors(params, constants, self._written_in_eval)
         with self._borrow(training=False) as module:
             return functional_call(module, tensors, _arguments(x), tie_weights=self._tied)
 
     def apply_train(
         self, params: TensorTree, x: Any, constants: Constants | None = None
     ) -> tuple[Any, dict[str, Tensor]]:
-        tensors = self._tensors(params, constants)
+        tensors = self._tensors(params, constants, self._written)
         with self._borrow(training=True) as module:
             outputs = functional_call(module, tensors, _arguments(x), tie_weights=self._tied)
         return outputs, {name: tensors[name] for name in self._buffer_names}
 
-    def _tensors(self, params: TensorTree, constants: Constants | None) -> dict[str, Tensor]:
+    def _tensors(
+        self, params: TensorTree, constants: Constants | None, written: tuple[str, ...]
+    ) -> dict[str, Tensor]:
         if not isinstance(params, Mapping) or params.keys() != self.params.keys():
             # `functional_call` would take the module's own tensor where a name is missing.
             check_like(params, self.params, name="params")
         tensors = self._merged(constants)
         tensors |= params
-        for name in self._written:
+        for name in written:
             # A forward pass may write to these, and they are the user's.
             tensors[name] = tensors[name].clone()
         return tensors
@@ -226,6 +245,17 @@ class _Copy:
         for live, first in (*self._attributes, *self._buffers):
             live.clear()
             live.update(first)
+
+
+def _foreign_buffers(net: nn.Module) -> list[str]:
+    """Buffers of modules that are not torch's own, which may write to them in any mode."""
+    own = {
+        id(buffer)
+        for part in net.modules()
+        for buffer in part.buffers(recurse=False)
+        if not type(part).__module__.startswith("torch.nn.modules.")
+    }
+    return [name for name, buffer in net.named_buffers() if id(buffer) in own]
 
 
 def _renormalised(net: nn.Module) -> list[str]:

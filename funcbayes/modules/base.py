@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from funcbayes import prediction
 from funcbayes.core import trees
-from funcbayes.core.model import Model
+from funcbayes.core.model import Model, Scratch
 from funcbayes.core.random import Key, KeyLike
 from funcbayes.modules import common
 
@@ -31,7 +31,8 @@ class BaseBayesianMethod(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         # How the network is best run, by shapes; `funcbayes.predict` fills it.
-        self._plans: dict[Any, Any] = {}
+        self._scratch = Scratch()
+        self._network = common.SameNetwork()
 
     @abstractmethod
     def predict(self, x: Any, return_samples: bool = False, **kwargs: Any) -> Moments:
@@ -63,7 +64,7 @@ class BaseBayesianMethod(nn.Module, ABC):
         num_samples: int | None,
         chunk_size: int | None,
     ) -> Moments:
-        model._plans = self._plans
+        model._scratch = self._scratch
         result = prediction.predict(
             model,
             posterior,
@@ -218,9 +219,16 @@ class SamplingMethod(BaseBayesianMethod):
         )
 
 
-def with_fixed(net: nn.Module, drawn: Any, mean: Mapping[str, Tensor]) -> Model:
+def with_fixed(
+    network: common.SameNetwork,
+    net: nn.Module,
+    drawn: frozenset[str],
+    mean: Mapping[str, Tensor],
+) -> Model:
     """A model with the parameters named in `drawn` uncertain, the others at their means."""
-    model = Model.from_module(net, bayesian=lambda name: name in drawn)
+    model = network.get(
+        net, drawn, lambda: Model.from_module(net, bayesian=lambda name: name in drawn)
+    )
     for name, value in mean.items():
         if name in model.constants:
             model.constants[name] = value.to(model.constants[name])

@@ -3,7 +3,9 @@
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, Literal
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +70,72 @@ def draw_key() -> Key:
 def key_or_draw(key: KeyLike | None) -> Key:
     """The key given; None draws one, so that `torch.manual_seed` governs it."""
     return draw_key() if key is None else random.as_key(key)
+
+
+class SameNetwork:
+    """Keeps what was made of a network for as long as the network stays what it is.
+
+    Making a `Model` copies the module's structure, which takes longer than a small network's
+    prediction. In-place changes of tensors need no new one, since a model shares them.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[Any] | None = None
+        self._values: list[Any] = []
+        self._made: Any = None
+
+    def get(self, net: nn.Module, also: Any, make: Callable[[], Any]) -> Any:
+        """The last result of `make`, or a new one where `net` or `also` is another."""
+        parts, values = _structure(net)
+        values.append(also)
+        known = self._parts
+        if (
+            parts is None
+            or known is None
+            or len(parts) != len(known)
+            or any(a is not b for a, b in zip(parts, known, strict=True))
+            or values != self._values
+        ):
+            self._made = make()
+            self._parts, self._values = parts, values
+        return self._made
+
+    def __reduce__(self) -> tuple[type["SameNetwork"], tuple[()]]:
+        return SameNetwork, ()  # a copy of an object is about another network
+
+
+_ATOMS = (
+    *(bool, int, float, complex, str, bytes, type, type(None)),
+    *(torch.dtype, torch.device, torch.memory_format, FunctionType, BuiltinFunctionType, ref),
+)
+
+
+def _structure(net: nn.Module) -> tuple[list[Any] | None, list[Any]]:
+    """What a network consists of: parts to compare by `is`, and values to compare by `==`.
+
+    The parts are None where an attribute is of a kind that may change unseen.
+    """
+    parts: list[Any] = []
+    values: list[Any] = []
+
+    def visit(value: Any) -> bool:
+        parts.append(value)
+        if isinstance(value, Tensor):
+            # `.to()` and `.data =` put other memory under the same parameter.
+            values.append((value.data_ptr(), value.dtype, value.requires_grad))
+            return True
+        if isinstance(value, dict):
+            return all(visit(k) and visit(v) for k, v in value.items())
+        if isinstance(value, list | tuple | set | frozenset):
+            return all(visit(item) for item in value)
+        return isinstance(value, (nn.Module, *_ATOMS))
+
+    for part in net.modules():
+        for name, value in vars(part).items():
+            # Predictions run in evaluation mode, whatever the network's.
+            if name != "training" and not visit(value):
+                return None, []
+    return parts, values
 
 
 def every(name: str) -> bool:

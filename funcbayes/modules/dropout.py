@@ -92,9 +92,12 @@ class MCDropout(SamplingMethod):
             return common.call(self.model, x)
 
     def _posterior(self) -> tuple[Model, DropoutMasks]:
-        bare = next(self.model.parameters(), None) is None
-        net = _WithParameter(self.model) if bare else self.model
-        model = Model.from_module(net, bayesian=common.every)
+        def make() -> Model:
+            bare = next(self.model.parameters(), None) is None
+            net = _WithParameter(self.model) if bare else self.model
+            return Model.from_module(net, bayesian=common.every)
+
+        model = self._network.get(self.model, None, make)
         return model, DropoutMasks(
             model.params, _checked_rate(self.dropout_rate), _checked_per(self.per)
         )

@@ -116,11 +116,12 @@ class DeepEnsemble(BaseBayesianMethod):
         drawn = None if num_samples is None else common.key_or_draw(key)
         return_samples = return_samples or return_all
         members = list(self.models)
-        if all(_same_network(members[0], member) for member in members[1:]):
+        model = self._network.get(self.models, None, lambda: _common_model(members))
+        if model is not None:
             with torch.no_grad():
                 stacks = trees.stack([_tensors(member) for member in members])
             return self._predict(
-                Model.from_module(members[0], bayesian=common.every),
+                model,
                 Empirical(*stacks),
                 x,
                 return_samples=return_samples,
@@ -330,6 +331,13 @@ def _train_epoch(
             )
         loss.backward()
         optimizer.step()
+
+
+def _common_model(members: list[nn.Module]) -> Model | None:
+    """The function that all members compute with their own tensors; None if they differ."""
+    if not all(_same_network(members[0], member) for member in members[1:]):
+        return None
+    return Model.from_module(members[0], bayesian=common.every)
 
 
 def _same_network(a: nn.Module, b: nn.Module) -> bool:

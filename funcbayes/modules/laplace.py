@@ -124,7 +124,7 @@ class LaplaceApproximation(SamplingMethod):
         if mean is None or precision is None:
             raise NotFittedError("LaplaceApproximation is not fitted: call `fit` first")
         drawn = {name for name, p in precision.items() if bool((p < math.inf).any())}
-        model = with_fixed(self.model, drawn, mean)
+        model = with_fixed(self._network, self.model, frozenset(drawn), mean)
         posterior = Diagonal(
             {name: mean[name] for name in model.params},
             {name: precision[name].rsqrt() for name in model.params},

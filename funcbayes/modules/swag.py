@@ -184,7 +184,7 @@ class SWAG(SamplingMethod):
     def _gaussian(self) -> tuple[Model, Diagonal | LowRank]:
         if self.n_models == 0:
             raise NotFittedError("SWAG has collected no model: call `collect_model` first")
-        model = with_fixed(self.model, self._drawn, self.mean)
+        model = with_fixed(self._network, self.model, self._drawn, self.mean)
         count, *moments = self._state
         drawn = [{name: m[name] for name in model.params} for m in moments]
         posterior = swag.posterior(

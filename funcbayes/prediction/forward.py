@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +19,9 @@ from funcbayes.core.model import Model
 from funcbayes.core.random import Key
 from funcbayes.posteriors import Draws, MaskStreams
 from funcbayes.posteriors.base import noise_format
+
+# The most memory that a model keeps for noise from one prediction to the next.
+_KEPT_BYTES = 2**27
 
 
 def only(draws: Draws) -> Draws:
@@ -98,7 +102,37 @@ def noise_buffer(model: Model, posterior: Any, rows: int) -> Tensor | None:
     if not size:
         return None
     dtype, device = noise_format(model.params)
-    return torch.empty(rows, size, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # so that it may be filled again in any mode
+        return torch.empty(rows, size, dtype=dtype, device=device)
+
+
+@contextmanager
+def kept_buffer(model: Model, posterior: Any, rows: int) -> Iterator[Tensor | None]:
+    """A buffer as `noise_buffer` gives it, in memory that the model keeps for the next time."""
+    size = rows * posterior.draw_size
+    try:
+        flat = model._scratch.buffers.pop()
+    except IndexError:
+        flat = None
+    dtype, device = noise_format(model.params)
+    if flat is None or flat.numel() < size or (flat.dtype, flat.device) != (dtype, device):
+        buffer = noise_buffer(model, posterior, rows)
+        flat = None if buffer is None else buffer.view(-1)
+    try:
+        yield None if flat is None or not size else flat[:size].view(rows, -1)
+    finally:
+        if flat is not None and flat.numel() * flat.element_size() <= _KEPT_BYTES:
+            model._scratch.buffers.append(flat)
+
+
+def apart(outputs: Any, buffer: Tensor | None) -> Any:
+    """The outputs, copied where they are views of the buffer, which the next draw fills."""
+    if buffer is None:
+        return outputs
+    memory = buffer.untyped_storage().data_ptr()
+    return trees.tensor_map(
+        lambda leaf: leaf.clone() if leaf.untyped_storage().data_ptr() == memory else leaf, outputs
+    )
 
 
 def one_by_one(
@@ -107,7 +141,7 @@ def one_by_one(
     """Outputs of samples start … stop − 1 in order: the plain loop."""
     buffer = noise_buffer(model, posterior, 1)
     for i in range(start, stop):
-        yield one_sample(model, only(posterior.draw(key, i, i + 1, buffer)), x)
+        yield apart(one_sample(model, only(posterior.draw(key, i, i + 1, buffer)), x), buffer)
 
 
 def in_threads(
@@ -132,7 +166,8 @@ def in_threads(
         ):
             if not hasattr(buffers, "row"):
                 buffers.row = noise_buffer(model, posterior, 1)
-            return one_sample(model, only(posterior.draw(key, i, i + 1, buffers.row)), x)
+            sample = only(posterior.draw(key, i, i + 1, buffers.row))
+            return apart(one_sample(model, sample, x), buffers.row)
 
     pool = _single_threaded_pool(workers, os.getpid())
     waiting: list[Future[Any]] = []

@@ -117,9 +117,10 @@ def plan_key(posterior: Any, x: Any) -> Any:
 
 def remember(model: Model, key: Any, profile: Profile) -> None:
     """Keeps a profile on the model, and forgets the oldest beyond a limit."""
-    model._plans[key] = profile
-    while len(model._plans) > _MAX_PLANS:
-        model._plans.pop(next(iter(model._plans)))
+    plans = model._scratch.plans
+    plans[key] = profile
+    while len(plans) > _MAX_PLANS:
+        plans.pop(next(iter(plans)))
 
 
 class _Counter(TorchDispatchMode):

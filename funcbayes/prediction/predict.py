@@ -18,6 +18,9 @@ from funcbayes.posteriors.base import check_num_samples
 from funcbayes.prediction import forward, planner
 from funcbayes.prediction.predictive import Predictive, RunningMoments
 
+# Outputs that are kept before their moments are taken.
+_GROUP_BYTES = 2**25
+
 Strategy = Literal["auto", "vmap", "loop", "threads"]
 
 
@@ -94,7 +97,7 @@ class _Run(NamedTuple):
     def outputs(self, strategy: str) -> Iterator[Any]:
         masks = isinstance(self.posterior, DropoutMasks)
         plan_key = planner.plan_key(self.posterior, self.x)
-        profile = self.model._plans.get(plan_key)
+        profile = self.model._scratch.plans.get(plan_key)
         done = 0
         if profile is None:
             first, profile = self._measured()
@@ -136,10 +139,12 @@ class _Run(NamedTuple):
         if _has_convolutions(self.model, self.x):
             try:
                 outputs, profile = planner.measure(self.model, sample, _channels_last(self.x))
+                outputs = forward.apart(outputs, buffer)
                 return outputs, profile._replace(channels_last=True)
             except RuntimeError:
                 pass  # a `view` that needs the usual memory format, or a fault that comes again
-        return planner.measure(self.model, sample, self.x)
+        outputs, profile = planner.measure(self.model, sample, self.x)
+        return forward.apart(outputs, buffer), profile
 
     def _by(self, strategy: str, done: int, profile: planner.Profile) -> Iterator[Any]:
         if strategy == "vmap":
@@ -152,25 +157,31 @@ class _Run(NamedTuple):
                 ) from error
             return
         run = forward.in_threads if strategy == "threads" else forward.one_by_one
+        # Moments of several samples at a time: many small operations on this thread would
+        # wait for the cores that the workers hold.
+        group: list[Any] = []
         for outputs in run(self.model, self.posterior, self.key, self.x, done, self.num):
-            yield _with_sample_axis(outputs)
+            group.append(outputs)
+            if len(group) * _bytes(outputs) >= _GROUP_BYTES:
+                yield trees.stack(group)
+                group.clear()
+        if group:
+            yield trees.stack(group)
 
     def _vmapped(self, done: int, profile: planner.Profile) -> Iterator[Any]:
         draw_bytes = 8 * max(self.posterior.draw_size, trees.num_elements(self.model.params))
         chunk = planner.chunk_for(profile, self.num - done, draw_bytes, self._device)
         chunk = chunk if self.chunk_size is None else min(self.chunk_size, self.num - done)
-        buffer = None
         while done < self.num:
             size = min(chunk, self.num - done)
             try:
-                if buffer is None:
-                    buffer = forward.noise_buffer(self.model, self.posterior, size)
-                rows = None if buffer is None else buffer[:size]
-                draws = self.posterior.draw(self.key, done, done + size, rows)
-                outputs = forward.all_samples(self.model, draws, self.x)
+                with forward.kept_buffer(self.model, self.posterior, size) as rows:
+                    draws = self.posterior.draw(self.key, done, done + size, rows)
+                    outputs = forward.all_samples(self.model, draws, self.x)
+                    outputs = forward.apart(outputs, rows)
             except (RuntimeError, NotImplementedError, MemoryError) as error:
                 if is_out_of_memory(error) and size > 1:
-                    chunk, buffer = size // 2, None
+                    chunk = size // 2
                     continue
                 if is_unbatchable(error):
                     raise _UnbatchableError(str(error).split("\n")[0]) from error
@@ -229,6 +240,10 @@ def _check(
 
 def _with_sample_axis(outputs: Any) -> Any:
     return trees.tensor_map(lambda leaf: leaf.unsqueeze(0), outputs)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in trees.tensor_leaves(tree))
 
 
 def _has_convolutions(model: Model, x: Any) -> bool:

@@ -1,5 +1,6 @@
 """What predict takes, gives, refuses, and falls back to; its laws are in tests/laws."""
 
+import copy
 import logging
 import threading
 
@@ -389,3 +390,30 @@ def test_a_posterior_of_the_users_own_needs_no_more_than_the_protocol(case):
     expected = fb.predict(model, diagonal_, x, key=0, num_samples=5)
     found = fb.predict(model, Own(), x, key=0, num_samples=5)
     torch.testing.assert_close(found.variance, expected.variance)
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop", "threads"])
+def test_outputs_that_are_parameters_are_not_overwritten_by_the_next_draw(strategy):
+    params = {"w": torch.zeros(3)}
+    model = fb.Model(apply=lambda p, x: p["w"].expand(x.shape[0], 3), params=params)
+    posterior = Diagonal(params, {"w": torch.ones(3)})
+    pred = fb.predict(
+        model, posterior, torch.ones(2, 1), key=0, num_samples=9, strategy=strategy,
+        chunk_size=2, return_samples=True,
+    )  # fmt: skip
+    expected = posterior.sample(0, 9)["w"].unsqueeze(1).expand(9, 2, 3)
+    torch.testing.assert_close(pred.samples, expected, rtol=0, atol=0)
+    kept = pred.samples.clone()
+    fb.predict(model, posterior, torch.ones(2, 1), key=1, num_samples=9, strategy=strategy)
+    assert torch.equal(pred.samples, kept)
+
+
+def test_noise_memory_is_kept_for_the_next_prediction_and_left_out_of_copies(case):
+    model, posterior, x = case
+    for _ in range(2):  # the first call runs sample 0 alone
+        fb.predict(model, posterior, x, key=0, num_samples=8, strategy="vmap")
+    (buffer,) = model._scratch.buffers
+    with torch.inference_mode():
+        fb.predict(model, posterior, x, key=1, num_samples=8, strategy="vmap")
+    assert model._scratch.buffers[0].data_ptr() == buffer.data_ptr()
+    assert not copy.deepcopy(model)._scratch.buffers

@@ -473,9 +473,10 @@ def same_moments(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> 
 
 def same_tensor(ours: Tensor, theirs: Tensor) -> None:
     assert ours.shape == theirs.shape, f"shape {tuple(ours.shape)}"
-    # float32 sums over thousands of terms in another order.
+    # float32 sums over thousands of terms in another order: on the ResNet, either side is off
+    # its own value in float64 by up to a per cent, where the two agree to 1e-15.
     error = ((ours - theirs).norm() / theirs.norm()).item()
-    assert error < 1e-3, f"relative difference {error:.2g}"
+    assert error < 1e-2, f"relative difference {error:.2g}"
 
 
 def all_cells() -> list[Cell]:

@@ -125,28 +125,34 @@ class KeyedDropout(uses.Interpreter):
     def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
         call = _ATTENTION.bind(*args, **kwargs)
         # torch's function has no mode: a positive rate is an active one.
-        if not self._active_rate(call.arguments.get("dropout_p", 0.0), training=True, part=True):
-            return F.scaled_dot_product_attention(*args, **kwargs)
-        with self:
-            return uses.attention(*args, **kwargs)
+        if self._active_rate(call.arguments.get("dropout_p", 0.0), training=True, part=True):
+            with self:
+                return uses.attention(*args, **kwargs)
+        call.arguments["dropout_p"] = 0.0
+        whole = F.scaled_dot_product_attention if self.index is None else uses.attention
+        return whole(*call.args, **call.kwargs)
 
     def _multi_head_attention(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         call = _MULTI_HEAD_ATTENTION.bind(*args, **kwargs)
         call.apply_defaults()
         training = call.arguments["training"]
-        if not self._active_rate(call.arguments["dropout_p"], training=training, part=True):
-            return F.multi_head_attention_forward(*args, **kwargs)
-        with self:
-            return uses.multi_head_attention(*args, **kwargs)
+        if self._active_rate(call.arguments["dropout_p"], training=training, part=True):
+            with self:
+                return uses.multi_head_attention(*args, **kwargs)
+        call.arguments["dropout_p"] = 0.0
+        whole = F.multi_head_attention_forward if self.index is None else uses.multi_head_attention
+        return whole(*call.args, **call.kwargs)
 
     def _recurrent(self, func: Callable[..., Any]) -> uses.Rule:
         def rule(*args: Any) -> Any:
-            num_layers, p, training = args[4:7] if isinstance(args[3], bool) else args[5:8]
-            if num_layers == 1 or not self._active_rate(p, training=training, part=True):
-                return func(*args)
-            with self:
-                return uses.stacked_recurrent(func, args)
+            start = 4 if isinstance(args[3], bool) else 5
+            num_layers, p, training = args[start : start + 3]
+            if num_layers > 1 and self._active_rate(p, training=training, part=True):
+                with self:
+                    return uses.stacked_recurrent(func, args)
+            return whole(*args[: start + 1], 0.0, *args[start + 2 :])
 
+        whole = func if self.index is None else uses.unless_mapped(func)
         return rule
 
     # -- drawing -------------------------------------------------------------------------

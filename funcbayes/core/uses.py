@@ -203,11 +203,13 @@ def batchable() -> Interpreter:
         F.multi_head_attention_forward: multi_head_attention,
     }
     for func in RECURRENT:
-        rules[func] = _unless_mapped(func)
+        rules[func] = unless_mapped(func)
     return Interpreter(rules)
 
 
-def _unless_mapped(func: Callable[..., Any]) -> Rule:
+def unless_mapped(func: Callable[..., Any]) -> Rule:
+    """A rule for a function without a batching rule: an error on tensors that vmap maps."""
+
     def rule(*args: Any) -> Any:
         if any(trees.in_transform(arg) for arg in args):
             raise RuntimeError(f"vmap has no batching rule for {func.__name__}")

@@ -151,19 +151,20 @@ def curvature_sums(
             constants = perturbation.plain(model.constants)
         totals = [torch.zeros_like(leaf, dtype=_accumulator(leaf.dtype)) for leaf in leaves]
         loss, num_data = torch.zeros((), dtype=totals[0].dtype, device=totals[0].device), 0
-    plans: dict[Any, Plan] = {}
+    # A plan holds for every fit of this model; the pass notices where it does not.
+    plans = model._scratch.plans
 
     for number, (x, y) in enumerate(batches(data)):
         size = batch_size(x)
         _check_leading_axes(x, size, number)
         with perturbation.undisturbed():
             x, y = perturbation.plain((x, y))
-            signature = _signature(x)
+            signature = ("curvature", _signature(x))
             if signature not in plans:
                 plans[signature] = perturbation.discover(
                     model, leaves, trees.tensor_map(lambda t: t[:1], x), constants
                 )
-            plan = plans[signature]
+            plan: Plan = plans[signature]
             _check_targets(likelihood, plan.outputs, y, size)
             step = chunk_size or _data_at_a_time(plan, likelihood, root=root)
             for start in range(0, size, step):

@@ -76,6 +76,7 @@ class LaplaceApproximation(SamplingMethod):
         data_scale: Literal["mean", "sum"] = "mean",
     ) -> None:
         super().__init__()
+        self._fit_network = common.SameNetwork()
         common.check_module(model)
         self.model = model
         self.likelihood = common.checked_likelihood(likelihood)
@@ -105,7 +106,7 @@ class LaplaceApproximation(SamplingMethod):
         if device is not None:
             self.to(device)
         device = common.device_of(self.model)
-        model = Model.from_module(self.model)
+        model = self._fit_network.get(self.model, None, lambda: Model.from_module(self.model))
         data = common.OnDevice(data_loader, device, "data_loader")
         state = laplace.fit(model, data, likelihood=likelihood, curvature="empirical_fisher")
         num_data = float(state.num_data) if scale == "mean" else 1.0

@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -62,7 +62,8 @@ def all_samples(model: Model, draws: Draws, x: Any) -> Any:
     axes = tuple(None if argument is None else 0 for argument in arguments)
     # Masks are drawn inside, from generators of their own: "same" lets that pass.
     randomness = "error" if draws.masks is None else "same"
-    with uses.batchable():
+    # Where masks are drawn, their interpreter does what `batchable` does.
+    with uses.batchable() if draws.masks is None else nullcontext():
         return vmap(one, in_dims=axes, randomness=randomness)(*arguments)
 
 

@@ -414,3 +414,17 @@ def test_rates_on_cuda():
     x = torch.ones(1000, device="cuda")
     batched = vmap(lambda i: _run(F.dropout, x, KEYS, i, {}), randomness="same")(index)
     assert_close(batched, looped(F.dropout, x, KEYS), rtol=0, atol=0)
+
+
+def test_a_rate_of_zero_in_training_mode_draws_nothing_from_anywhere():
+    nets = (
+        (nn.MultiheadAttention(4, 2, dropout=0.5).train(), lambda net, x: net(x, x, x)[0]),
+        (nn.LSTM(4, 3, num_layers=2, dropout=0.5).train(), lambda net, x: net(x)[0]),
+    )
+    x = torch.ones(3, 2, 4)
+    for net, call in nets:
+        before = torch.get_rng_state()
+        with KeyedDropout([random.key(0)], rate=0.0, always=True):
+            found = call(net, x)
+        assert torch.equal(before, torch.get_rng_state())
+        torch.testing.assert_close(found, call(net.eval(), x))

@@ -918,3 +918,14 @@ def test_predictions_follow_every_change_of_the_network():
     assert method.predict(x)[0].shape == (1, 5)
     method.double()  # a dtype
     assert method.predict(x.double())[0].dtype == torch.float64
+
+
+@pytest.mark.filterwarnings("ignore:MCDropout found no dropout", "ignore:no dropout was active")
+def test_predictions_follow_memory_that_is_read_another_way():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.0))
+    method = fb.MCDropout(net, num_samples=2, dropout_rate=None)
+    x = torch.ones(1, 3)
+    method.predict(x, normalize_output=False)
+    net[0].weight.data = net[0].weight.data.t()
+    found = method.predict(x, normalize_output=False)[0]
+    torch.testing.assert_close(found, net(x).detach())

@@ -16,9 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from funcbayes.core.trees import TensorTree, check_like, leaves_with_names
+from funcbayes.core.trees import (
+    TensorTree,
+    check_like,
+    leaves_with_names,
+    tensor_leaves,
+    tensor_map,
+)
 
 Constants = Mapping[str, Tensor]
+
+_MAX_PLANS = 256
 
 
 class Scratch:
@@ -32,6 +40,12 @@ class Scratch:
     def __init__(self) -> None:
         self.plans: dict[Any, Any] = {}
         self.buffers: deque[Tensor] = deque(maxlen=2)
+
+    def remember(self, key: Any, plan: Any) -> None:
+        """Keeps a plan, and forgets the oldest beyond a limit."""
+        self.plans[key] = plan
+        while len(self.plans) > _MAX_PLANS:
+            self.plans.pop(next(iter(self.plans)), None)
 
     def __reduce__(self) -> tuple[type["Scratch"], tuple[()]]:
         return Scratch, ()
@@ -165,6 +179,9 @@ class _ModuleModel(Model):
         # Looking for ties at every call costs a walk over all modules.
         self._tied = _has_ties(net)
         self._scratch = Scratch()
+        # Whether the network writes to its inputs (an activation in place comes first), by
+        # mode; unknown before the first call.
+        self._writes_inputs: dict[bool, bool] = {}
         # A module is not safe to call from two threads at once, so each call borrows a
         # copy; the first is made now, so that later changes of `net` don't show.
         self._template = _structural_copy(net)
@@ -176,16 +193,28 @@ class _ModuleModel(Model):
 
     def apply(self, params: TensorTree, x: Any, constants: Constants | None = None) -> Any:
         tensors = self._tensors(params, constants, self._written_in_eval)
-        with self._borrow(training=False) as module:
-            return functional_call(module, tensors, _arguments(x), tie_weights=self._tied)
+        return self._call(tensors, x, training=False)
 
     def apply_train(
         self, params: TensorTree, x: Any, constants: Constants | None = None
     ) -> tuple[Any, dict[str, Tensor]]:
         tensors = self._tensors(params, constants, self._written)
-        with self._borrow(training=True) as module:
-            outputs = functional_call(module, tensors, _arguments(x), tie_weights=self._tied)
+        outputs = self._call(tensors, x, training=True)
         return outputs, {name: tensors[name] for name in self._buffer_names}
+
+    def _call(self, tensors: dict[str, Tensor], x: Any, *, training: bool) -> Any:
+        writes = self._writes_inputs.get(training)
+        if writes is not False:
+            x = tensor_map(torch.clone, x)
+        # Inference tensors count no versions: then it stays unknown, and inputs are copied.
+        watched = writes is None and not any(leaf.is_inference() for leaf in tensor_leaves(x))
+        versions = [leaf._version for leaf in tensor_leaves(x)] if watched else []
+        with self._borrow(training=training) as module:
+            outputs = functional_call(module, tensors, _arguments(x), tie_weights=self._tied)
+        if watched:
+            moved = [leaf._version for leaf in tensor_leaves(x)] != versions
+            self._writes_inputs[training] = moved
+        return outputs
 
     def _tensors(
         self, params: TensorTree, constants: Constants | None, written: tuple[str, ...]
@@ -231,20 +260,39 @@ class _ModuleModel(Model):
 class _Copy:
     """A copy of the module that forgets what a forward pass leaves behind.
 
-    A cache, a counter or the last output, kept as an attribute, would make the result depend
-    on the calls before, and hold their memory.
+    A cache, a counter or the last output, kept as an attribute or in a container that is one,
+    would make the result depend on the calls before, and hold their memory.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._attributes = [(vars(part), dict(vars(part))) for part in module.modules()]
-        # Buffers may be registered on the way, too.
-        self._buffers = [(part._buffers, dict(part._buffers)) for part in module.modules()]
+        self._dicts = [(vars(part), dict(vars(part))) for part in module.modules()]
+        self._lists: list[tuple[list[Any], list[Any]]] = []
+        self._tensors: list[tuple[Tensor, Tensor, int]] = []
+        own = {id(t) for t in (*module.parameters(), *module.buffers())}
+        for live, _ in list(self._dicts):
+            for value in live.values():
+                if isinstance(value, dict):  # buffers and hooks among them
+                    self._dicts.append((value, dict(value)))
+                elif isinstance(value, list):
+                    self._lists.append((value, list(value)))
+                elif (
+                    isinstance(value, Tensor) and id(value) not in own and not value.is_inference()
+                ):
+                    self._tensors.append((value, value.detach().clone(), value._version))
 
     def restore(self) -> None:
-        for live, first in (*self._attributes, *self._buffers):
-            live.clear()
-            live.update(first)
+        for live, first in self._dicts:
+            if live or first:
+                live.clear()
+                live.update(first)
+        for live, first in self._lists:
+            live[:] = first
+        for i, (tensor, first, version) in enumerate(self._tensors):
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(first)
+                self._tensors[i] = (tensor, first, tensor._version)
 
 
 def _foreign_buffers(net: nn.Module) -> list[str]:
@@ -268,6 +316,19 @@ def _renormalised(net: nn.Module) -> list[str]:
     return [name for name, p in net.named_parameters() if id(p) in renormalising]
 
 
+def check_model(model: object) -> None:
+    """Refuses what is no `Model`.
+
+    Raises:
+        TypeError: it is something else; a module is told how to become one.
+    """
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}, expected a funcbayes.Model: make one with"
+            " funcbayes.Model.from_module(net)"
+        )
+
+
 def _has_ties(net: nn.Module) -> bool:
     named = (net.named_parameters, net.named_buffers)
     return any(
@@ -282,6 +343,11 @@ def _arguments(x: Any) -> tuple[Any, ...]:
 def _select(
     net: nn.Module, bayesian: Callable[[str], bool] | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    if bayesian is not None and not callable(bayesian):
+        raise TypeError(
+            f"`bayesian` is {bayesian!r}, expected a predicate on parameter names, such as"
+            ' lambda name: name.startswith("head")'
+        )
     names: dict[int, list[str]] = {}
     for name, parameter in net.named_parameters(remove_duplicate=False):
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -338,12 +404,16 @@ def _check_params(params: TensorTree) -> None:
 
 
 def _structural_copy(net: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every tensor with the original."""
-    shared: dict[int, Any] = {}
+    """A copy of the module tree that shares parameters and buffers with the original.
+
+    Other tensors among its attributes are copied: a forward pass may write to them.
+    """
+    shared: dict[int, Any] = {id(t): t for t in (*net.parameters(), *net.buffers())}
 
     def share(value: Any) -> None:
         if isinstance(value, Tensor):
-            shared[id(value)] = value
+            if id(value) not in shared:
+                shared[id(value)] = value.detach().clone()
         elif isinstance(value, list | tuple):
             for item in value:
                 share(item)

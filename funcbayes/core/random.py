@@ -12,9 +12,8 @@ Source:
 
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple, SupportsIndex
 
@@ -246,31 +245,6 @@ def fill_rows(
     else:
         for i in range(num_rows):
             fill(i)
-
-
-@contextmanager
-def global_generators_unused(device: torch.device) -> Iterator[None]:
-    """Makes sure that what runs inside leaves torch's global generators alone.
-
-    Raises:
-        ValueError: something drew from one. Its state is put back.
-    """
-    cuda = device.type == "cuda"
-    before = torch.get_rng_state()
-    before_cuda = torch.cuda.get_rng_state(device) if cuda else None
-    try:
-        yield
-    finally:
-        moved = not torch.equal(before, torch.get_rng_state())
-        if moved:
-            torch.set_rng_state(before)
-        if before_cuda is not None:
-            moved_cuda = not torch.equal(before_cuda, torch.cuda.get_rng_state(device))
-            if moved_cuda:
-                torch.cuda.set_rng_state(before_cuda, device)
-            moved = moved or moved_cuda
-    if moved:
-        raise ValueError(OWN_RANDOMNESS)
 
 
 @lru_cache(maxsize=2)

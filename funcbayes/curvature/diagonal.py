@@ -18,8 +18,8 @@ from torch import Tensor
 from funcbayes.core import trees
 from funcbayes.core.batching import is_out_of_memory
 from funcbayes.core.data import batch_size, batches
-from funcbayes.core.likelihoods import Likelihood
-from funcbayes.core.model import Model
+from funcbayes.core.likelihoods import Likelihood, check_likelihood
+from funcbayes.core.model import Model, check_model
 from funcbayes.core.trees import TensorTree
 from funcbayes.curvature import perturbation
 from funcbayes.curvature.contractions import SLICE_BYTES, sum_of_squares
@@ -160,11 +160,10 @@ def curvature_sums(
         with perturbation.undisturbed():
             x, y = perturbation.plain((x, y))
             signature = ("curvature", _signature(x))
-            if signature not in plans:
-                plans[signature] = perturbation.discover(
-                    model, leaves, trees.tensor_map(lambda t: t[:1], x), constants
-                )
-            plan: Plan = plans[signature]
+            plan: Plan | None = plans.get(signature)
+            if plan is None:
+                one = trees.tensor_map(lambda t: t[:1], x)
+                plan = perturbation.discover(model, leaves, one, constants)
             _check_targets(likelihood, plan.outputs, y, size)
             step = chunk_size or _data_at_a_time(plan, likelihood, root=root)
             for start in range(0, size, step):
@@ -174,7 +173,7 @@ def curvature_sums(
                     model, leaves, plan, part, constants, likelihood, totals, root=root
                 )
                 loss += nll
-            plans[signature] = plan
+            model._scratch.remember(signature, plan)
             finite = bool(torch.isfinite(loss))
         if not finite:
             raise ValueError(
@@ -298,11 +297,11 @@ def _data_at_a_time(plan: Plan, likelihood: Likelihood, *, root: bool) -> int:
     return max(1, CHUNK_BYTES // (plan.bytes_per_datum + (columns - 1) * plan.bytes_per_column + 1))
 
 
-def _signature(x: Any) -> Any:
+def _signature(inputs: Any) -> Any:
     """What the plan of a forward pass depends on: everything but the values of the tensors."""
     return tuple(
-        (name, tuple(leaf.shape[1:]), leaf.dtype) if isinstance(leaf, Tensor) else (name, leaf)
-        for name, leaf in trees.leaves_with_names(x)
+        (name, tuple(x.shape[1:]), x.dtype) if isinstance(x, Tensor) else (name, repr(x))
+        for name, x in trees.leaves_with_names(inputs)
     )
 
 
@@ -324,16 +323,8 @@ def _check_leading_axes(x: Any, size: int, number: int) -> None:
 def _check_options(
     model: Any, likelihood: Any, curvature: Any, structure: Any, chunk_size: Any
 ) -> None:
-    if not isinstance(model, Model):
-        raise TypeError(
-            f"`model` is a {type(model).__name__}, expected a funcbayes Model: make one by"
-            " `fb.Model.from_module(net)` or `fb.Model(apply=f, params=tree)`"
-        )
-    if not isinstance(likelihood, Likelihood):
-        raise TypeError(
-            f"`likelihood` is {likelihood!r}, expected a likelihood such as"
-            " `fb.likelihoods.Categorical()`"
-        )
+    check_model(model)
+    check_likelihood(likelihood)
     _check_choice(curvature, CURVATURES, "curvature")
     _check_choice(structure, STRUCTURES, "structure")
     if chunk_size is None:

@@ -16,15 +16,18 @@ from torch import Tensor, nn
 from funcbayes.core import random, trees
 from funcbayes.core.batching import map_samples
 from funcbayes.core.data import batch_size, batches
-from funcbayes.core.likelihoods import Likelihood
+from funcbayes.core.likelihoods import Likelihood, check_likelihood
 from funcbayes.core.masks import KeyedDropout
-from funcbayes.core.model import Model
+from funcbayes.core.model import Model, check_model
 from funcbayes.core.random import Key, KeyLike
 from funcbayes.core.trees import TensorTree, check_finite, check_like, tree_map
+from funcbayes.inference.checks import check_state
 from funcbayes.posteriors import Empirical
 from funcbayes.posteriors.base import check_num_samples
 
 Optimizer = torch.optim.Optimizer
+
+_MADE_BY = "ensemble.init, ensemble.from_modules or ensemble.fit"
 
 
 class EnsembleState(NamedTuple):
@@ -64,7 +67,7 @@ def init(
         ValueError: `num_members` is not positive, or the members are not independent
             modules of one architecture.
     """
-    if not callable(module_fn):
+    if not callable(module_fn) or isinstance(module_fn, nn.Module):
         raise TypeError(
             f"`module_fn` is a {type(module_fn).__name__}, expected a function without arguments"
             " that builds a module, such as lambda: Net()"
@@ -238,6 +241,7 @@ def fit(
 
 def posterior(state: EnsembleState) -> Empirical:
     """The members as a posterior: each parameter draw comes with its own buffers."""
+    check_state(state, EnsembleState, _MADE_BY)
     return Empirical(trees.clone(state.params), trees.clone(state.constants))
 
 
@@ -252,6 +256,7 @@ def _losses(
     quiet: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     num_members = _check_state(state, model)
+    check_likelihood(likelihood)
     inputs, targets = batch
     if per_member:
         for path, leaf in trees.leaves_with_names((inputs, targets)):
@@ -424,6 +429,8 @@ def _check_architecture(net: nn.Module, like: nn.Module, name: str, like_name: s
 
 def _check_state(state: EnsembleState, model: Model) -> int:
     """Checks the stacks against the model; returns the number of members."""
+    check_model(model)
+    check_state(state, EnsembleState, _MADE_BY)
     check_like(state.params, model.params, name="state.params", batch_dims=1)
     check_like(state.constants, model.constants, name="state.constants", batch_dims=1)
     return trees.leading_size((state.params, state.constants))

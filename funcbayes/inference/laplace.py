@@ -19,6 +19,7 @@ from funcbayes.core.likelihoods import Likelihood
 from funcbayes.core.model import Model
 from funcbayes.core.trees import TensorTree
 from funcbayes.curvature import curvature_sums
+from funcbayes.inference.checks import check_state
 from funcbayes.posteriors import Diagonal
 
 
@@ -90,6 +91,8 @@ def merge(a: LaplaceState, b: LaplaceState) -> LaplaceState:
         ValueError: the states differ in structure, in a leaf's shape, or in the parameters at
             which they were taken.
     """
+    check_state(a, LaplaceState, "laplace.fit", name="a")
+    check_state(b, LaplaceState, "laplace.fit", name="b")
     trees.check_like(b.mean, a.mean, name="b.mean")
     trees.check_like(b.curvature, a.curvature, name="b.curvature")
     others = dict(trees.leaves_with_names(b.mean))
@@ -126,6 +129,7 @@ def posterior(
         ValueError: `prior_precision` or `temperature` is not positive and finite, or
             `prior_precision` is a tree of another structure or shape; the message names the leaf.
     """
+    check_state(state, LaplaceState, "laplace.fit")
     prior = _prior_tree(prior_precision, state.curvature)
     precision = _posterior_precision(state, prior, _temperature(temperature))
     std = trees.tree_map(lambda p, mean: p.rsqrt().to(mean.dtype), precision, state.mean)
@@ -161,6 +165,7 @@ def log_marginal_likelihood(
         MacKay (1992), doi:10.1162/neco.1992.4.3.448; Immer et al. (2021), arXiv:2104.04975,
         equation 6.
     """
+    check_state(state, LaplaceState, "laplace.fit")
     temperature = _temperature(temperature)
     prior = _prior_tree(prior_precision, state.curvature)
     precision = _posterior_precision(state, prior, temperature)

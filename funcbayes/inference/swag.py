@@ -21,6 +21,7 @@ from funcbayes.core.random import KeyLike
 from funcbayes.core.trees import TensorTree, check_finite, check_like, tree_map
 from funcbayes.core.uses import Interpreter
 from funcbayes.exceptions import NotFittedError
+from funcbayes.inference.checks import check_state
 from funcbayes.posteriors import Diagonal, Empirical, LowRank
 from funcbayes.posteriors.base import check_num_samples
 
@@ -108,6 +109,7 @@ def update(state: SwagState, params: TensorTree) -> SwagState:
         doi:10.1080/00401706.1962.10490022. Departs from the authors' code, which keeps
         Σθᵢ²/n and subtracts mean².
     """
+    check_state(state, SwagState, "swag.init")
     check_like(params, state.mean, name="params")
     if not _in_transform(params):
         check_finite(params, name="params")
@@ -149,6 +151,8 @@ def merge(a: SwagState, b: SwagState) -> SwagState:
         Chan, Golub, LeVeque (1979), "Updating formulae and a pairwise algorithm for
         computing sample variances", equation 2.1.
     """
+    check_state(a, SwagState, "swag.init", name="a")
+    check_state(b, SwagState, "swag.init", name="b")
     check_like(b.mean, a.mean, name="b.mean")
     check_like(b.deviations, a.deviations, name="b.deviations")
     count = a.count + b.count
@@ -208,6 +212,7 @@ def posterior(
     Source:
         Maddox et al. (2019), equation 1 and its text; the clamp is that of the authors' code.
     """
+    check_state(state, SwagState, "swag.init")
     if scale is not None and not 0 <= scale < math.inf:
         raise ValueError(f"`scale` is {scale}, expected a finite number of at least 0, or None")
     if not 0 < var_clamp < math.inf:

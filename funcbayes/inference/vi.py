@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from funcbayes.core import random, trees
 from funcbayes.core.batching import map_samples
 from funcbayes.core.data import batch_size, batches
-from funcbayes.core.likelihoods import Likelihood
-from funcbayes.core.model import Model
+from funcbayes.core.likelihoods import Likelihood, check_likelihood
+from funcbayes.core.model import Model, check_model
 from funcbayes.core.random import Key, KeyLike
 from funcbayes.core.trees import TensorTree, check_finite, check_like, tree_map
+from funcbayes.inference.checks import check_state
 from funcbayes.posteriors import Diagonal
 from funcbayes.posteriors.base import check_num_samples
 
@@ -220,6 +221,10 @@ def fit(
         ValueError: a bad argument, a loader that yields nothing, targets of the wrong dtype,
             shape or range, or a loss that is not finite (the message names the step).
     """
+    check_model(model)
+    check_likelihood(likelihood)
+    if state is not None:
+        check_state(state, ViState, "vi.init or vi.fit")
     key = random.as_key(key)
     check_num_samples(num_epochs, name="num_epochs")
     _check_positive(learning_rate, "learning_rate")
@@ -278,6 +283,7 @@ def fit(
 
 def posterior(state: ViState) -> Diagonal:
     """The Gaussian q as a posterior, without gradients."""
+    check_state(state, ViState, "vi.init or vi.fit")
     return _normal(trees.clone(state))
 
 
@@ -295,6 +301,9 @@ def _negative_elbo(
     kl_weight: float,
     quiet: bool = False,
 ) -> tuple[Tensor, ViInfo]:
+    check_model(model)
+    check_likelihood(likelihood)
+    check_state(state, ViState, "vi.init or vi.fit")
     _check_positive(num_data, "num_data")
     if not 0 <= kl_weight < math.inf:
         raise ValueError(f"`kl_weight` is {kl_weight}, expected a finite number of at least 0")

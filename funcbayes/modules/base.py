@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from funcbayes import prediction
 from funcbayes.core import trees
-from funcbayes.core.model import Model, Scratch
+from funcbayes.core.model import Model
 from funcbayes.core.random import Key, KeyLike
 from funcbayes.modules import common
 
@@ -30,8 +30,6 @@ class BaseBayesianMethod(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        # How the network is best run, by shapes; `funcbayes.predict` fills it.
-        self._scratch = Scratch()
         self._network = common.SameNetwork()
 
     @abstractmethod
@@ -64,7 +62,6 @@ class BaseBayesianMethod(nn.Module, ABC):
         num_samples: int | None,
         chunk_size: int | None,
     ) -> Moments:
-        model._scratch = self._scratch
         result = prediction.predict(
             model,
             posterior,

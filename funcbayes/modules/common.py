@@ -122,7 +122,12 @@ def _structure(net: nn.Module) -> tuple[list[Any] | None, list[Any]]:
         parts.append(value)
         if isinstance(value, Tensor):
             # `.to()` and `.data =` put other memory under the same parameter.
-            values.append((value.data_ptr(), value.dtype, value.requires_grad))
+            try:
+                memory = value.data_ptr()
+            except RuntimeError:  # a subclass without memory of its own
+                return False
+            form = (tuple(value.shape), value.stride(), value.dtype, value.requires_grad)
+            values.append((memory, form))
             return True
         if isinstance(value, dict):
             return all(visit(k) and visit(v) for k, v in value.items())

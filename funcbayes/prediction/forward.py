@@ -153,7 +153,12 @@ def in_threads(
     Each worker keeps its sample in its own core's cache, which a batched call with many rows
     does not, and holds one sample's parameters in memory.
     """
-    workers = min(torch.get_num_threads(), stop - start)
+    if getattr(_worker, "is_one", False) or torch._C._len_torch_function_stack() > 0:
+        # A worker that waited for workers could wait for itself; and a mode of the caller's
+        # is its own thread's.
+        yield from one_by_one(model, posterior, key, x, start, stop)
+        return
+    workers = torch.get_num_threads()
     buffers = threading.local()
     inference = torch.is_inference_mode_enabled()
     autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
@@ -170,7 +175,8 @@ def in_threads(
             sample = only(posterior.draw(key, i, i + 1, buffers.row))
             return apart(one_sample(model, sample, x), buffers.row)
 
-    pool = _single_threaded_pool(workers, os.getpid())
+    with _pools_lock:
+        pool = _single_threaded_pool(workers, os.getpid())
     waiting: list[Future[Any]] = []
     try:
         for i in range(start, stop):
@@ -188,22 +194,26 @@ def in_threads(
                 future.exception()  # waits: nothing goes on behind the caller's back
 
 
+_worker = threading.local()
+_pools_lock = threading.Lock()
+
+
 @lru_cache(maxsize=4)
 def _single_threaded_pool(workers: int, pid: int) -> ThreadPoolExecutor:
     """Workers whose torch operations run on one core each; `pid` because forks lose threads."""
     del pid
-    here = torch.get_num_threads()
     ready = threading.Barrier(workers)
 
     def start() -> None:
         torch.set_num_threads(1)
         # A thread's first look takes over the number that was set last anywhere: look now.
         torch.get_num_threads()
+        _worker.is_one = True
         ready.wait()
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="funcbayes-samples")
     for future in [pool.submit(start) for _ in range(workers)]:
         future.result()
     # torch hands the number that was set last to threads that start later.
-    torch.set_num_threads(here)
+    torch.set_num_threads(workers)
     return pool

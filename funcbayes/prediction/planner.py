@@ -28,7 +28,6 @@ _BATCHED_WEIGHTS, _BATCHED_MASKS = 3.0, 1.3
 _THREADS_GAIN = 1.3
 _CPU_BUDGET = 2 * 2**30
 _CUDA_SHARE = 0.5
-_MAX_PLANS = 256
 
 
 class Profile(NamedTuple):
@@ -68,8 +67,7 @@ def measure(model: Model, sample: Draws, x: Any) -> tuple[Any, Profile]:
     """
     counter = _Counter()
     sampled_leaves = trees.tensor_leaves((sample.params, sample.constants))
-    device = trees.tensor_leaves(model.params)[0].device
-    with random.global_generators_unused(device), counter, _FirstUse(sampled_leaves, counter):
+    with counter, _FirstUse(sampled_leaves, counter):
         outputs = one_sample(model, sample, x, counter.mark)
     shared = counter.operations if counter.marked is None else counter.marked
     sampled = counter.operations - shared
@@ -111,16 +109,10 @@ def plan_key(posterior: Any, x: Any) -> Any:
         (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device)
         for leaf in trees.tensor_leaves(x)
     )
+    # What is no tensor may switch the network's ways.
+    others = repr([leaf for leaf in trees.leaves(x) if not isinstance(leaf, Tensor)])
     masks = getattr(posterior, "rate", None), getattr(posterior, "per", None)
-    return shapes, type(posterior), masks, torch.is_autocast_enabled("cpu")
-
-
-def remember(model: Model, key: Any, profile: Profile) -> None:
-    """Keeps a profile on the model, and forgets the oldest beyond a limit."""
-    plans = model._scratch.plans
-    plans[key] = profile
-    while len(plans) > _MAX_PLANS:
-        plans.pop(next(iter(plans)))
+    return shapes, others, type(posterior), masks, torch.is_autocast_enabled("cpu")
 
 
 class _Counter(TorchDispatchMode):
@@ -145,6 +137,8 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if _draws_globally(func, args, kwargs or {}):
+            raise ValueError(random.OWN_RANDOMNESS)
         result = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
@@ -152,6 +146,22 @@ class _Counter(TorchDispatchMode):
         if isinstance(result, Tensor):
             self.largest = max(self.largest, result.numel() * result.element_size())
         return result
+
+
+def _draws_globally(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation is about to draw from torch's global generator."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for i, argument in enumerate(func._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
+        if argument.name == "generator" and value is not None:
+            return False
+        # Attention and dropout carry the tag also where they drop nothing.
+        if argument.name in ("p", "dropout_p", "dropout") and value == 0:
+            return False
+        if argument.name in ("train", "training") and not value:
+            return False
+    return True
 
 
 class _FirstUse(TorchFunctionMode):

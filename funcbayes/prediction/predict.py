@@ -10,8 +10,8 @@ from torch import Tensor
 from funcbayes.core import random, trees
 from funcbayes.core.batching import is_out_of_memory, is_unbatchable, log_unbatchable
 from funcbayes.core.data import batch_size
-from funcbayes.core.likelihoods import Likelihood
-from funcbayes.core.model import Model
+from funcbayes.core.likelihoods import Likelihood, check_likelihood
+from funcbayes.core.model import Model, check_model
 from funcbayes.core.random import Key, KeyLike
 from funcbayes.posteriors import DropoutMasks, Empirical
 from funcbayes.posteriors.base import check_num_samples
@@ -73,6 +73,13 @@ def predict(
         UserWarning: the posterior is dropout, and no dropout was active in the forward pass.
     """
     num, parent = _check(model, posterior, x, key, num_samples, strategy, chunk_size)
+    if likelihood is not None:
+        check_likelihood(likelihood)
+    if transform is not None and (likelihood is not None or not callable(transform)):
+        raise ValueError(
+            f"`transform` is {transform!r}, expected a function, and no `likelihood` beside it:"
+            " a likelihood has its own link"
+        )
     run = _Run(model, posterior, parent, x, num, chunk_size)
     moments = RunningMoments(likelihood, transform, keep_samples=return_samples)
     for outputs in run.outputs(strategy):
@@ -101,7 +108,7 @@ class _Run(NamedTuple):
         done = 0
         if profile is None:
             first, profile = self._measured()
-            planner.remember(self.model, plan_key, profile)
+            self.model._scratch.remember(plan_key, profile)
             yield _with_sample_axis(first)
             done = 1
         if masks and not profile.stochastic:
@@ -126,7 +133,7 @@ class _Run(NamedTuple):
             except _UnbatchableError as error:
                 log_unbatchable(error)
                 profile = profile._replace(batchable=False)
-                planner.remember(self.model, plan_key, profile)
+                self.model._scratch.remember(plan_key, profile)
                 left = self.num - done
                 chosen = planner.choose(profile, left, masks=masks, device=self._device)
         x = _channels_last(self.x) if profile.channels_last and chosen == "threads" else self.x
@@ -203,11 +210,7 @@ def _check(
     strategy: str,
     chunk_size: int | None,
 ) -> tuple[int, Key | None]:
-    if not isinstance(model, Model):
-        raise TypeError(
-            f"`model` is a {type(model).__name__}, expected a funcbayes.Model: make one with"
-            " funcbayes.Model.from_module(net)"
-        )
+    check_model(model)
     if not hasattr(posterior, "draw"):
         raise TypeError(
             f"`posterior` is a {type(posterior).__name__}, expected a posterior: a state becomes"

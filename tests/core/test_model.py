@@ -556,3 +556,53 @@ def test_an_embedding_with_max_norm_does_not_write_to_the_users_weight():
 def test_a_scripted_module_is_refused_by_name():
     with pytest.raises(TypeError, match="TorchScript module"):
         Model.from_module(torch.jit.script(nn.Linear(2, 2)))
+
+
+class WritesInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.relu, self.linear = nn.ReLU(inplace=True), nn.Linear(3, 2)
+
+    def forward(self, x):
+        x -= 1.0
+        return self.linear(self.relu(x))
+
+
+def test_a_network_that_writes_to_its_inputs_leaves_the_users_alone():
+    net = WritesInput().eval()
+    model = Model.from_module(net)
+    x = torch.ones(2, 3)
+    expected = net(x.clone())
+    for _ in range(3):
+        torch.testing.assert_close(model.apply(model.params, x), expected)
+        outputs = torch.func.vmap(lambda row: model.apply(model.params, row[None]))(x)
+        torch.testing.assert_close(outputs[:, 0], expected)
+    assert (x == 1).all()
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.total, self.cache, self.seen = torch.zeros(2), {}, []
+
+    def forward(self, x):
+        self.total.add_(1.0)
+        self.seen.append(x)
+        if "scale" not in self.cache:
+            self.cache["scale"] = self.linear.weight.sum()
+        return self.linear(x) * self.cache["scale"] + self.total
+
+
+def test_what_a_forward_pass_leaves_in_containers_and_tensors_is_forgotten():
+    net = Remembers().eval()
+    model = Model.from_module(net)
+    x = torch.ones(1, 3)
+    doubled = {name: 2 * p for name, p in model.params.items()}
+    first = model.apply(model.params, x)
+    other = model.apply(doubled, x)
+    torch.testing.assert_close(model.apply(model.params, x), first)
+    torch.testing.assert_close(other - 1, 4 * (first - 1))
+    assert not net.total.any()
+    assert not net.cache
+    assert not net.seen

@@ -256,26 +256,6 @@ def test_rows_check_their_buffer_and_their_numbers():
     assert random.normal_rows(0, 4, 4, 3).shape == (0, 3)
 
 
-# -- guarding the global generators ---------------------------------------------------------
-
-
-def test_a_draw_from_the_global_generator_is_found_and_undone():
-    device = torch.device("cpu")
-    before = torch.get_rng_state()
-    with random.global_generators_unused(device):
-        random.normal(0, (4,))
-    with (
-        pytest.raises(ValueError, match="draws from torch's global generator in evaluation mode"),
-        random.global_generators_unused(device),
-    ):
-        torch.rand(2)
-    assert torch.equal(before, torch.get_rng_state())
-    # An error inside comes out as it is.
-    with pytest.raises(RuntimeError, match="shape"), random.global_generators_unused(device):
-        torch.rand(2).view(3)
-    assert torch.equal(before, torch.get_rng_state())
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["normal", "uniform", "normal_rows"])
 def test_draws_on_cuda_are_functions_of_the_key(name):

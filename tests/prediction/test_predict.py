@@ -417,3 +417,34 @@ def test_noise_memory_is_kept_for_the_next_prediction_and_left_out_of_copies(cas
         fb.predict(model, posterior, x, key=1, num_samples=8, strategy="vmap")
     assert model._scratch.buffers[0].data_ptr() == buffer.data_ptr()
     assert not copy.deepcopy(model)._scratch.buffers
+
+
+def test_draws_of_another_thread_are_none_of_the_networks(case):
+    _, _, x = case
+    stop = threading.Event()
+
+    def draw():
+        while not stop.is_set():
+            torch.rand(1)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for seed in range(20):
+            model = fb.Model.from_module(networks.make("linear", seed=seed))
+            fb.predict(model, diagonal(model), x, key=0, num_samples=2)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_threads_inside_threads_do_not_wait_for_each_other(case):
+    inner, posterior, x = case
+
+    def apply(params, x):
+        options = {"key": 0, "num_samples": 3, "strategy": "threads"}
+        return fb.predict(inner, posterior, x, **options).mean * params["w"]
+
+    outer = fb.Model(apply=apply, params={"w": torch.ones(3)})
+    pred = fb.predict(outer, diagonal(outer), x, key=1, num_samples=5, strategy="threads")
+    assert pred.variance.any()

@@ -14,9 +14,16 @@ Half-precision outputs are computed in float32, and results stay in float32, as 
 returns the dtype of `outputs`, since its columns are cotangents of them.
 """
 
-from funcbayes.core.likelihoods.base import Likelihood
+from funcbayes.core.likelihoods.base import Likelihood, check_likelihood
 from funcbayes.core.likelihoods.bernoulli import Bernoulli
 from funcbayes.core.likelihoods.categorical import Categorical
 from funcbayes.core.likelihoods.gaussian import Gaussian, HeteroscedasticGaussian
 
-__all__ = ["Bernoulli", "Categorical", "Gaussian", "HeteroscedasticGaussian", "Likelihood"]
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "HeteroscedasticGaussian",
+    "Likelihood",
+    "check_likelihood",
+]

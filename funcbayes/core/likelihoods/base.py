@@ -8,6 +8,20 @@ from torch import Tensor
 from funcbayes.core.random import KeyLike
 
 
+def check_likelihood(likelihood: object) -> None:
+    """Refuses what is no likelihood, such as its name or its class.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(likelihood, type) or not isinstance(likelihood, Likelihood):
+        came = likelihood.__name__ if isinstance(likelihood, type) else repr(likelihood)
+        raise TypeError(
+            f"`likelihood` is {came}, expected a likelihood such as"
+            " funcbayes.likelihoods.Categorical()"
+        )
+
+
 @runtime_checkable
 class Likelihood(Protocol):
     """The interface of a likelihood; write one's own with these methods.

@@ -143,7 +143,7 @@ def ood_histograms(
         axes.set_yticks([0, 0.05, 0.2, 0.5, 1])
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
         axes.set_xlabel(label if i in _bottom_row(len(scores)) else "")
-        axes.set_ylabel("" if i % _MAX_COLUMNS else "share of inputs")
+        axes.set_ylabel("" if i % _MAX_COLUMNS else "share of inputs (root scale)")
     _legend(
         figure,
         [

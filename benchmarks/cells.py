@@ -234,7 +234,10 @@ def plan_fisher(model_name: str, num: int, toy: bool) -> Plan:
     net = models.build(model_name, toy=toy)
     x, y = models.inputs(model_name, num, toy=toy)
     loader = OneBatch(x, y)
-    plan = Plan(agree=same_tensor)
+    # On the ResNet, either side's largest entries are off their values in float64 by a per cent,
+    # where the two agree to 1e-15 (measured); elsewhere float32 keeps the usual tolerance.
+    loose = model_name.startswith("resnet")
+    plan = Plan(agree=partial(same_tensor, tolerance=1e-2) if loose else same_tensor)
 
     def class_side(library, prior_precision: float) -> Side:
         laplace = library.LaplaceApproximation(copy.deepcopy(net), prior_precision=prior_precision)
@@ -471,12 +474,11 @@ def same_moments(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> 
         same_tensor(mine, other)
 
 
-def same_tensor(ours: Tensor, theirs: Tensor) -> None:
+def same_tensor(ours: Tensor, theirs: Tensor, tolerance: float = 1e-3) -> None:
     assert ours.shape == theirs.shape, f"shape {tuple(ours.shape)}"
-    # float32 sums over thousands of terms in another order: on the ResNet, either side is off
-    # its own value in float64 by up to a per cent, where the two agree to 1e-15.
+    # float32 sums over thousands of terms in another order.
     error = ((ours - theirs).norm() / theirs.norm()).item()
-    assert error < 1e-2, f"relative difference {error:.2g}"
+    assert error < tolerance, f"relative difference {error:.2g}"
 
 
 def all_cells() -> list[Cell]:

@@ -4,6 +4,10 @@ Parameters are pytrees, methods are pure functions, randomness is an explicit ke
 posterior samples of a prediction are evaluated in one batched forward pass.
 """
 
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from funcbayes import curvature, posteriors
 from funcbayes.core import likelihoods, random
 from funcbayes.core.model import Model
@@ -20,6 +24,10 @@ from funcbayes.modules import (
     VariationalBayesNN,
 )
 from funcbayes.prediction import Predictive, predict
+
+if TYPE_CHECKING:
+    from funcbayes import testing
+    from funcbayes.evaluation import metrics, plots
 
 __version__ = "0.1.0"
 
@@ -40,10 +48,26 @@ __all__ = [
     "ensemble",
     "laplace",
     "likelihoods",
+    "metrics",
+    "plots",
     "posteriors",
     "predict",
     "random",
     "swag",
+    "testing",
     "uncertainty",
     "vi",
 ]
+
+# They need the extras `report` and `testing`, so they are imported when they are asked for.
+_ON_DEMAND = {
+    "metrics": "funcbayes.evaluation.metrics",
+    "plots": "funcbayes.evaluation.plots",
+    "testing": "funcbayes.testing",
+}
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module 'funcbayes' has no attribute {name!r}")
+    return import_module(_ON_DEMAND[name])

@@ -23,7 +23,7 @@ from funcbayes.cli.networks import SmallConvNet
 from funcbayes.core import random
 from funcbayes.core.random import Key
 from funcbayes.evaluation import metrics, plots
-from funcbayes.evaluation.extras import needs_extra
+from funcbayes.extras import needs_extra
 from funcbayes.posteriors import Empirical
 from funcbayes.prediction import Predictive, predict
 

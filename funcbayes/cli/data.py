@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcbayes.core import random
 from funcbayes.core.random import KeyLike
-from funcbayes.evaluation.extras import needs_extra
+from funcbayes.extras import needs_extra
 
 with needs_extra("report"):
     from sklearn.datasets import load_digits

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from funcbayes.evaluation.extras import needs_extra
+from funcbayes.extras import needs_extra
 
 with needs_extra("report"):
     from rich import box

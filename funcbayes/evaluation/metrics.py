@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcbayes.evaluation import uncertainty
-from funcbayes.evaluation.extras import needs_extra
+from funcbayes.extras import needs_extra
 
 with needs_extra("report"):
     from sklearn.metrics import roc_auc_score, roc_curve

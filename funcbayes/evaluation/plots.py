@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from funcbayes.evaluation import metrics, uncertainty
-from funcbayes.evaluation.extras import needs_extra
+from funcbayes.extras import needs_extra
 
 with needs_extra("report"):
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_score
 
 from funcbayes.evaluation import metrics, uncertainty
-from funcbayes.evaluation.extras import needs_extra
+from funcbayes.extras import needs_extra
 
 
 @st.composite

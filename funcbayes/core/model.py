@@ -19,6 +19,7 @@ from torch.func import functional_call
 from funcbayes.core.trees import (
     TensorTree,
     check_like,
+    in_transform,
     leaves_with_names,
     tensor_leaves,
     tensor_map,
@@ -182,6 +183,8 @@ class _ModuleModel(Model):
         # Whether the network writes to its inputs (an activation in place comes first), by
         # mode; unknown before the first call.
         self._writes_inputs: dict[bool, bool] = {}
+        # The names of other parameters and buffers that it writes to, likewise.
+        self._overwritten: dict[bool, tuple[str, ...]] = {}
         # A module is not safe to call from two threads at once, so each call borrows a
         # copy; the first is made now, so that later changes of `net` don't show.
         self._template = _structural_copy(net)
@@ -192,39 +195,76 @@ class _ModuleModel(Model):
         )
 
     def apply(self, params: TensorTree, x: Any, constants: Constants | None = None) -> Any:
-        tensors = self._tensors(params, constants, self._written_in_eval)
-        return self._call(tensors, x, training=False)
+        return self._call(params, x, constants, training=False)[0]
 
     def apply_train(
         self, params: TensorTree, x: Any, constants: Constants | None = None
     ) -> tuple[Any, dict[str, Tensor]]:
-        tensors = self._tensors(params, constants, self._written)
-        outputs = self._call(tensors, x, training=True)
+        outputs, tensors = self._call(params, x, constants, training=True)
         return outputs, {name: tensors[name] for name in self._buffer_names}
 
-    def _call(self, tensors: dict[str, Tensor], x: Any, *, training: bool) -> Any:
+    def _call(
+        self, params: TensorTree, x: Any, constants: Constants | None, *, training: bool
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The outputs, and the tensors that they were computed with."""
+        tensors = self._tensors(params, constants, training=training)
         writes = self._writes_inputs.get(training)
         if writes is not False:
             x = tensor_map(torch.clone, x)
         # Inference tensors count no versions: then it stays unknown, and inputs are copied.
         watched = writes is None and not any(leaf.is_inference() for leaf in tensor_leaves(x))
         versions = [leaf._version for leaf in tensor_leaves(x)] if watched else []
-        with self._borrow(training=training) as module:
+        with self._borrow(training=training) as module, self._watched(tensors, training=training):
             outputs = functional_call(module, tensors, _arguments(x), tie_weights=self._tied)
         if watched:
             moved = [leaf._version for leaf in tensor_leaves(x)] != versions
             self._writes_inputs[training] = moved
-        return outputs
+        return outputs, tensors
+
+    @contextmanager
+    def _watched(self, tensors: dict[str, Tensor], *, training: bool) -> Iterator[None]:
+        """Puts back what the first pass in a mode writes to its weights, and notes the names.
+
+        From then on the network gets copies of those: a weight clipped or renormalised in
+        place is the user's.
+        """
+        known = training in self._overwritten
+        if known or in_transform(tensors) or torch.compiler.is_compiling():
+            yield
+            return
+        mine = self._written if training else self._written_in_eval
+        before = {
+            name: (tensor.data, tensor.detach().clone())
+            for name, tensor in tensors.items()
+            if name not in mine
+        }
+        found: list[str] = []
+        try:
+            yield
+        finally:
+            for name, (alias, values) in before.items():
+                tensor = tensors[name]
+                if tensor.data_ptr() != alias.data_ptr():
+                    tensor.data = alias
+                    found.append(name)
+                same = (alias == values) | (alias.isnan() & values.isnan())
+                if not same.all():
+                    # An inference tensor may be written to in that mode only.
+                    with torch.inference_mode(alias.is_inference()):
+                        alias.copy_(values)
+                    found.append(name)
+        self._overwritten[training] = tuple(found)
 
     def _tensors(
-        self, params: TensorTree, constants: Constants | None, written: tuple[str, ...]
+        self, params: TensorTree, constants: Constants | None, *, training: bool
     ) -> dict[str, Tensor]:
         if not isinstance(params, Mapping) or params.keys() != self.params.keys():
             # `functional_call` would take the module's own tensor where a name is missing.
             check_like(params, self.params, name="params")
         tensors = self._merged(constants)
         tensors |= params
-        for name in written:
+        written = self._written if training else self._written_in_eval
+        for name in (*written, *self._overwritten.get(training, ())):
             # A forward pass may write to these, and they are the user's.
             tensors[name] = tensors[name].clone()
         return tensors

@@ -15,10 +15,10 @@ from torch.testing import assert_close
 
 from funcbayes.core import trees
 from funcbayes.core.model import Model
-from tests import networks
+from funcbayes.testing import networks
 from tests.snapshots import assert_unchanged, snapshot
 
-KINDS = list(networks.NETWORKS)
+KINDS = list(networks.LOGIT_KINDS)
 F64 = torch.float64
 
 
@@ -606,3 +606,42 @@ def test_what_a_forward_pass_leaves_in_containers_and_tensors_is_forgotten():
     assert not net.total.any()
     assert not net.cache
     assert not net.seen
+
+
+class Overwrites(nn.Module):
+    """Clips a weight, rescales a frozen one, and gives a third new memory, at every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 2), nn.Linear(2, 2)
+        self.second.requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.first.weight.clamp_(-0.1, 0.1)
+            self.second.weight.mul_(0.9)
+        self.second.bias.data = 0.5 * self.second.bias.data
+        if x.isnan().any():
+            raise FloatingPointError
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("method", ["apply", "apply_train"])
+def test_a_network_that_overwrites_its_weights_leaves_those_of_the_user(method):
+    net, fresh = Overwrites(), Overwrites()
+    fresh.load_state_dict(net.state_dict())
+    before, x = {k: v.clone() for k, v in net.state_dict().items()}, torch.randn(4, 3)
+    pointers = {k: v.data_ptr() for k, v in net.state_dict().items()}
+    model, want = Model.from_module(net), fresh(x)
+    call = getattr(model, method)
+    with pytest.raises(FloatingPointError):
+        call(model.params, x * float("nan"))
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with mode:
+            outputs = call(model.params, x)
+        torch.testing.assert_close(outputs if method == "apply" else outputs[0], want)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+        assert value.data_ptr() == pointers[name], name
+    for name, value in (model.params | model.constants).items():
+        assert value.data_ptr() == pointers[name], name

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import _disable_current_modes
 
 from funcbayes.core.trees import (
     TensorTree,
@@ -233,26 +234,28 @@ class _ModuleModel(Model):
             yield
             return
         mine = self._written if training else self._written_in_eval
-        before = {
-            name: (tensor.data, tensor.detach().clone())
-            for name, tensor in tensors.items()
-            if name not in mine
-        }
+        with _unobserved():
+            before = {
+                name: (tensor.data, tensor.detach().clone())
+                for name, tensor in tensors.items()
+                if name not in mine
+            }
         found: list[str] = []
         try:
             yield
         finally:
-            for name, (alias, values) in before.items():
-                tensor = tensors[name]
-                if tensor.data_ptr() != alias.data_ptr():
-                    tensor.data = alias
-                    found.append(name)
-                same = (alias == values) | (alias.isnan() & values.isnan())
-                if not same.all():
-                    # An inference tensor may be written to in that mode only.
-                    with torch.inference_mode(alias.is_inference()):
-                        alias.copy_(values)
-                    found.append(name)
+            with _unobserved():
+                for name, (alias, values) in before.items():
+                    tensor = tensors[name]
+                    if tensor.data_ptr() != alias.data_ptr():
+                        tensor.data = alias
+                        found.append(name)
+                    same = (alias == values) | (alias.isnan() & values.isnan())
+                    if not same.all():
+                        # An inference tensor may be written to in that mode only.
+                        with torch.inference_mode(alias.is_inference()):
+                            alias.copy_(values)
+                        found.append(name)
         self._overwritten[training] = tuple(found)
 
     def _tensors(
@@ -333,6 +336,13 @@ class _Copy:
                 with torch.no_grad():
                     tensor.copy_(first)
                 self._tensors[i] = (tensor, first, tensor._version)
+
+
+@contextmanager
+def _unobserved() -> Iterator[None]:
+    """Hides torch operations from the modes around, which look at those of the network."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
 
 
 def _foreign_buffers(net: nn.Module) -> list[str]:

@@ -21,7 +21,7 @@ from funcbayes.core.masks import KeyedDropout
 from funcbayes.core.model import Model, check_model
 from funcbayes.core.random import Key, KeyLike
 from funcbayes.core.trees import TensorTree, check_finite, check_like, tree_map
-from funcbayes.inference.checks import check_state
+from funcbayes.inference.checks import check_state, check_training
 from funcbayes.posteriors import Empirical
 from funcbayes.posteriors.base import check_num_samples
 
@@ -189,11 +189,14 @@ def fit(
         The trained members, without gradients.
 
     Raises:
-        TypeError: `optimizer` is not such a function, or the optimizer mixes the numbers of
-            a tensor (LBFGS, Adafactor, Muon, …); outputs or targets that are not tensors.
+        RuntimeError: inference mode is on.
+        TypeError: `callback` or `optimizer` is not such a function, or the optimizer mixes the
+            numbers of a tensor (LBFGS, Adafactor, Muon, …); outputs or targets that are not
+            tensors.
         ValueError: a bad argument, a loader that yields nothing, targets of the wrong dtype,
             shape or range, or a loss that is not finite (the message names step and members).
     """
+    check_training(callback)
     num_members = _check_state(state, model)
     check_num_samples(num_epochs, name="num_epochs")
     mask_key, row_key = random.split(random.as_key(key))

@@ -22,7 +22,7 @@ from funcbayes.core.likelihoods import Likelihood, check_likelihood
 from funcbayes.core.model import Model, check_model
 from funcbayes.core.random import Key, KeyLike
 from funcbayes.core.trees import TensorTree, check_finite, check_like, tree_map
-from funcbayes.inference.checks import check_state
+from funcbayes.inference.checks import check_state, check_training
 from funcbayes.posteriors import Diagonal
 from funcbayes.posteriors.base import check_num_samples
 
@@ -217,7 +217,9 @@ def fit(
         The trained state, without gradients.
 
     Raises:
-        TypeError: outputs or targets are not tensors, or `optimizer` does not make an optimizer.
+        RuntimeError: inference mode is on.
+        TypeError: outputs or targets are not tensors, `callback` is not a function, or
+            `optimizer` does not make an optimizer.
         ValueError: a bad argument, a loader that yields nothing, targets of the wrong dtype,
             shape or range, or a loss that is not finite (the message names the step).
     """
@@ -225,6 +227,7 @@ def fit(
     check_likelihood(likelihood)
     if state is not None:
         check_state(state, ViState, "vi.init or vi.fit")
+    check_training(callback)
     key = random.as_key(key)
     check_num_samples(num_epochs, name="num_epochs")
     _check_positive(learning_rate, "learning_rate")

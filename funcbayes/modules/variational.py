@@ -116,6 +116,7 @@ class VariationalBayesNN(SamplingMethod):
         layers: the `GaussianLinear` layers, an `nn.ModuleList`.
 
     Raises:
+        TypeError: `hidden_sizes` is a number.
         ValueError: a size, `prior_std` or `num_samples` is not positive.
 
     Source:
@@ -140,6 +141,11 @@ class VariationalBayesNN(SamplingMethod):
         super().__init__()
         self.prior_std = common.positive(prior_std, "prior_std")
         self.num_samples = common.positive_int(num_samples, "num_samples")
+        if isinstance(hidden_sizes, int):
+            raise TypeError(
+                f"`hidden_sizes` is {hidden_sizes}, expected a list of widths: for one hidden layer"
+                f" write [{hidden_sizes}]"
+            )
         sizes = [in_features, *hidden_sizes, out_features]
         self.layers = nn.ModuleList(
             GaussianLinear(n_in, n_out, prior_std) for n_in, n_out in pairwise(sizes)

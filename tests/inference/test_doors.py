@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import funcbayes as fb
-from tests import networks
+from funcbayes.testing import networks
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -87,3 +87,32 @@ def test_a_module_in_place_of_a_function_that_builds_one():
 def test_the_state_of_another_method(case, call):
     with pytest.raises(TypeError, match=r"`(state|a)` is a dict, expected a \w+State: the result"):
         call(case[1].params)
+
+
+def vi_and_ensemble(case, **options):
+    _, model, data = case
+    fit = {"likelihood": fb.likelihoods.Categorical(), "num_epochs": 1, "key": 0, **options}
+    members = fb.ensemble.from_modules([networks.make("linear", seed=i) for i in range(2)])[1]
+    sgd = {"optimizer": lambda leaves: torch.optim.SGD(leaves, lr=0.1)}
+    return [
+        lambda: fb.vi.fit(model, data, **fit),
+        lambda: fb.ensemble.fit(model, members, data, **fit, **sgd),
+    ]
+
+
+def test_what_is_no_callback(case):
+    for fit in vi_and_ensemble(case, callback=3):
+        with pytest.raises(TypeError, match="`callback` is a int, expected a function of two"):
+            fit()
+
+
+def test_training_in_inference_mode(case):
+    for fit in vi_and_ensemble(case):
+        message = "training needs gradients, which torch.inference_mode forbids"
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=message):
+            fit()
+
+
+def test_one_width_in_place_of_a_list():
+    with pytest.raises(TypeError, match=r"`hidden_sizes` is 8, expected a list of widths: for one"):
+        fb.VariationalBayesNN(4, 8, 3)

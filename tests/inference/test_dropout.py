@@ -13,7 +13,7 @@ from funcbayes.core.model import Model
 from funcbayes.inference import dropout
 from funcbayes.posteriors import DropoutMasks
 from funcbayes.prediction import predict
-from tests import networks
+from funcbayes.testing import networks
 from tests.snapshots import assert_unchanged, snapshot
 
 F64 = torch.float64
@@ -54,7 +54,7 @@ def build(kind):
     return net, trees.tensor_map(lambda leaf: torch.cat([leaf[:4], leaf[:1]]), x)
 
 
-KINDS = [*networks.NETWORKS, "time first", "time first recurrent"]
+KINDS = [*networks.LOGIT_KINDS, "time first", "time first recurrent"]
 
 
 def samples(net, x, *, num=4, key=0, strategy="loop", **options):

@@ -29,7 +29,7 @@ from funcbayes.core.likelihoods.common import (
 from funcbayes.core.random import KeyLike
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Gaussian:
     """Targets with normal noise of a known standard deviation about the outputs.
 

@@ -18,13 +18,15 @@ OR_NONE := || [ $$? -eq 5 ]
 # The version of pyright is the one in constraints.txt, in hooks and CI alike;
 # without this it asks the network on every run whether there is a newer one.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+# A notice about other site generators, in colour, on every build.
+export NO_MKDOCS_2_WARNING := 1
 
 # Test workers share the cores: waiting threads should sleep, not spin.
 test-fast test-slow: export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-compile test-examples test-slow bench lint ruff pyright format clean
+.PHONY: help demo test test-fast test-compile test-examples test-slow bench docs lint ruff pyright format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -33,7 +35,7 @@ demo: $(VENV)/.stamp  ## compare the methods on the digits data (OUTPUT=folder)
 	$(BIN)/funcbayes compare --data digits --output $(OUTPUT)
 	@echo "The tables and pictures are in $(OUTPUT)/"
 
-test: lint test-fast test-compile test-examples  ## what CI runs: lint, types, tests, examples
+test: lint test-fast test-compile test-examples docs  ## what CI runs: lint, types, tests, examples, docs
 
 test-fast: $(VENV)/.stamp
 	$(BIN)/pytest $(TYPE_CHECKS) $(PARALLEL) -m "not slow and not compile" $(OR_NONE)
@@ -43,6 +45,10 @@ test-compile: $(VENV)/.stamp
 
 test-examples: $(VENV)/.stamp
 	$(BIN)/pytest --doctest-modules funcbayes README.md $(wildcard docs) $(OR_NONE)
+
+# Strict: a broken link or a name that is not documented fails it.
+docs: $(VENV)/.stamp  ## build the documentation into site/
+	$(BIN)/mkdocs build --quiet --strict
 
 test-slow: export FUNCBAYES_HYPOTHESIS_PROFILE := slow
 test-slow: $(VENV)/.stamp  ## the slow tests, with more hypothesis examples

@@ -13,6 +13,13 @@ from torch import Tensor, nn
 import funcbayes as fb
 from benchmarks import models, peers
 from benchmarks.peers import BASELINE
+from funcbayes.cli.bench.agreement import (
+    flat,
+    moments,
+    moments_difference,
+    prediction_difference,
+    tensor_difference,
+)
 
 NUM_SAMPLES = 20
 CLASS = "class"
@@ -43,14 +50,14 @@ class Plan:
     Attributes:
         sides: by name, the baseline (where it is installed) first.
         absent: sides that cannot run here, and why.
-        agree: raises AssertionError where two values are not of one and the same quantity.
+        agree: how two values differ, or None where they are of one and the same quantity.
         secondary: sides that may be timed in fewer rounds.
         rivals: other libraries, the fastest of which is a second thing to compare with.
     """
 
     sides: dict[str, Side] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
-    agree: Callable[[Any, Any], None] | None = None
+    agree: Callable[[Any, Any], str | None] | None = None
     secondary: tuple[str, ...] = ()
     rivals: tuple[str, ...] = ()
 
@@ -97,7 +104,7 @@ def plan_swag(model_name: str, num: int, strategies: Sequence[str], toy: bool) -
     net = models.build(model_name, toy=toy)
     x, _ = models.inputs(model_name, num, toy=toy)
     plan = Plan(
-        agree=partial(same_prediction, num_samples=num_samples), secondary=tuple(strategies)
+        agree=partial(prediction_difference, num_samples=num_samples), secondary=tuple(strategies)
     )
 
     def incerto_side(incerto) -> Side:
@@ -124,7 +131,7 @@ def plan_laplace(model_name: str, num: int, toy: bool) -> Plan:
     num, num_samples = (4, 3) if toy else (num, NUM_SAMPLES)
     net = models.build(model_name, toy=toy)
     x, _ = models.inputs(model_name, num, toy=toy)
-    plan = Plan(agree=partial(same_prediction, num_samples=num_samples))
+    plan = Plan(agree=partial(prediction_difference, num_samples=num_samples))
     # The precision is all that the timing depends on, and only through the size of the
     # noise (std 0.01): a few data are enough to fit.
     data = [models.inputs(model_name, 4, toy=toy, seed=2)]
@@ -191,7 +198,7 @@ def plan_dropout(model_name: str, num: int, toy: bool) -> Plan:
     num, num_samples = (4, 3) if toy else (num, NUM_SAMPLES)
     net = models.build(model_name, dropout=True, toy=toy)
     x, _ = models.inputs(model_name, num, toy=toy)
-    agree = partial(same_prediction, num_samples=num_samples)
+    agree = partial(prediction_difference, num_samples=num_samples)
     plan = Plan(agree=agree, secondary=STRATEGIES)
 
     def incerto_side(incerto) -> Side:
@@ -237,7 +244,7 @@ def plan_fisher(model_name: str, num: int, toy: bool) -> Plan:
     # On the ResNet, either side's largest entries are off their values in float64 by a per cent,
     # where the two agree to 1e-15 (measured); elsewhere float32 keeps the usual tolerance.
     loose = model_name.startswith("resnet")
-    plan = Plan(agree=partial(same_tensor, tolerance=1e-2) if loose else same_tensor)
+    plan = Plan(agree=partial(tensor_difference, tolerance=1e-2 if loose else 1e-3))
 
     def class_side(library, prior_precision: float) -> Side:
         laplace = library.LaplaceApproximation(copy.deepcopy(net), prior_precision=prior_precision)
@@ -246,7 +253,7 @@ def plan_fisher(model_name: str, num: int, toy: bool) -> Plan:
             laplace.fit(loader, device="cpu")
             return laplace.posterior_precision
 
-        return Side(fit, lambda precision: num * flat(precision))
+        return Side(fit, lambda precision: num * flat(precision.values()))
 
     # A prior precision of 1 would drown the Fisher's small entries in float32; ours
     # refuses 0.
@@ -257,7 +264,7 @@ def plan_fisher(model_name: str, num: int, toy: bool) -> Plan:
         lambda: fb.laplace.fit(
             model, loader, likelihood=fb.likelihoods.Categorical(), curvature="empirical_fisher"
         ),
-        lambda state: flat(state.curvature),
+        lambda state: flat(state.curvature.values()),
     )
 
     unit = copy.deepcopy(net)
@@ -304,7 +311,7 @@ def backpack_side(backpack, net: nn.Module, x: Tensor, y: Tensor) -> Side:
             loss.backward()
         return [p.sum_grad_squared for p in theirs.parameters()]
 
-    return Side(call, lambda values: torch.cat([v.flatten() for v in values]))
+    return Side(call, flat)
 
 
 def laplace_torch_side(backend, net: nn.Module, loader: OneBatch) -> Side:
@@ -332,23 +339,21 @@ def posteriors_side(posteriors, net: nn.Module, x: Tensor, y: Tensor) -> Side:
     def call():
         return transform.update(transform.init(params), (x, y))[0].prec_diag
 
-    return Side(call, flat)
+    return Side(call, lambda values: flat(values.values()))
 
 
 # Ensembles
 
 
 def members(model_name: str, num_members: int, toy: bool) -> list[nn.Module]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return [models.fresh(model_name, toy=toy).eval() for _ in range(num_members)]
+    return [models.build(model_name, toy=toy, seed=seed) for seed in range(num_members)]
 
 
 def plan_ensemble_predict(model_name: str, num_members: int, num: int, toy: bool) -> Plan:
     num_members, num = (3, 4) if toy else (num_members, num)
     nets = members(model_name, num_members, toy)
     x, _ = models.inputs(model_name, num, toy=toy)
-    plan = Plan(agree=same_moments, secondary=STRATEGIES)
+    plan = Plan(agree=moments_difference, secondary=STRATEGIES)
 
     def ensemble(library) -> Side:
         fresh = iter(copy.deepcopy(nets))
@@ -434,51 +439,6 @@ def plan_ensemble_fit(model_name: str, num_members: int, num: int, toy: bool) ->
         )
     )
     return plan
-
-
-# Agreement: a comparison of two times says nothing if the two computed different things
-
-
-def moments(prediction: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(prediction, tuple) and not hasattr(prediction, "mean"):
-        return prediction[0], prediction[1]
-    return prediction.mean, prediction.variance
-
-
-def flat(tree: dict[str, Tensor]) -> Tensor:
-    return torch.cat([leaf.detach().flatten() for leaf in tree.values()])
-
-
-def same_prediction(
-    ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], *, num_samples: int
-) -> None:
-    """Two Monte Carlo estimates of one prediction, by independent draws.
-
-    The bounds are wide (a variance from 20 draws is known to a third, and a batch of one
-    has ten of them, which go together): they catch a missing softmax, noise of another size
-    or no noise at all.
-    """
-    (mean, variance), (their_mean, their_variance) = ours, theirs
-    assert mean.shape == their_mean.shape, f"mean of shape {tuple(mean.shape)}"
-    for moment in (mean, variance):
-        assert torch.isfinite(moment).all(), "not finite"
-    ratio = (variance.mean() / their_variance.mean()).item()
-    assert 0.1 < ratio < 10, f"variance {ratio:.3g} times the baseline's"
-    error = (mean - their_mean).abs().mean()
-    scale = ((variance + their_variance) / num_samples).sqrt().mean()
-    assert error < 4 * scale + 1e-4, f"mean off by {(error / scale).item():.3g} standard errors"
-
-
-def same_moments(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
-    for mine, other in zip(ours, theirs, strict=True):
-        same_tensor(mine, other)
-
-
-def same_tensor(ours: Tensor, theirs: Tensor, tolerance: float = 1e-3) -> None:
-    assert ours.shape == theirs.shape, f"shape {tuple(ours.shape)}"
-    # float32 sums over thousands of terms in another order.
-    error = ((ours - theirs).norm() / theirs.norm()).item()
-    assert error < tolerance, f"relative difference {error:.2g}"
 
 
 def all_cells() -> list[Cell]:

@@ -5,7 +5,7 @@ import warnings
 from functools import cache
 from types import ModuleType
 
-from benchmarks.timing import one_line
+from funcbayes.cli.bench.timing import one_line
 
 # The baseline of every ratio: the original class interface, which runs one Python
 # iteration for each posterior sample and for each datum.

@@ -1,18 +1,15 @@
 """What was measured, as a JSON file and as tables to read."""
 
 import json
-import os
-import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.cells import NUM_SAMPLES, OURS
 from benchmarks.peers import BASELINE
 from benchmarks.running import ROOT, failures, unchecked
+from funcbayes.cli.bench.running import environment as machine
 
 SCHEMA = 1
 PEERS = (
@@ -37,13 +34,7 @@ def environment() -> dict[str, Any]:
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", "funcbayes", "benchmarks")),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "cpu": _cpu(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "system": platform.system(),
+        **machine(),
         "peers": {name: _version(name) for name in PEERS},
     }
 
@@ -56,15 +47,6 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return child.stdout.strip()
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str | None:

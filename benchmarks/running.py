@@ -8,8 +8,9 @@ from typing import Any
 
 from benchmarks.cells import OURS, STRATEGIES, Cell, Plan
 from benchmarks.floors import floor_of, prototype_of
+from benchmarks.memory import peak_memory
 from benchmarks.peers import BASELINE
-from benchmarks.timing import Spread, Timings, in_turn, one_line, peak_memory
+from funcbayes.cli.bench.timing import Timings, in_turn, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,9 +59,9 @@ def _side(cell: Cell, plan: Plan, timings: Timings, name: str) -> dict[str, Any]
     reason = plan.absent.get(name) or timings.failures.get(name)
     if reason is not None:
         return {"absent": reason}
-    side: dict[str, Any] = {"seconds": _rounded(timings.of(name)), "ratio": None}
+    side: dict[str, Any] = {"seconds": timings.of(name).as_data(), "ratio": None}
     if BASELINE in timings.seconds and name != BASELINE:
-        side["ratio"] = _rounded(timings.ratio(name, BASELINE))
+        side["ratio"] = timings.ratio(name, BASELINE).as_data()
         side["floor"] = floor_of(cell.name, name)
     reference = BASELINE if BASELINE in timings.outputs else "function"
     complaint = _complaint(plan, timings, name, reference)
@@ -74,7 +75,7 @@ def _side(cell: Cell, plan: Plan, timings: Timings, name: str) -> dict[str, Any]
     ]
     if name in OURS and rivals:
         fastest = min(rivals, key=lambda rival: timings.of(rival).median)
-        side["rival"] = {"name": fastest, "ratio": _rounded(timings.ratio(name, fastest))}
+        side["rival"] = {"name": fastest, "ratio": timings.ratio(name, fastest).as_data()}
     return side
 
 
@@ -84,21 +85,8 @@ def _complaint(plan: Plan, timings: Timings, name: str, reference: str) -> str |
         return None
     if reference not in timings.outputs:
         return None
-    try:
-        expected = plan.sides[reference].value(timings.outputs[reference])
-        plan.agree(value(timings.outputs[name]), expected)
-    except AssertionError as error:
-        return str(error)
-    return None
-
-
-def _rounded(spread: Spread) -> dict[str, float | int]:
-    return {
-        "median": float(f"{spread.median:.4g}"),
-        "q1": float(f"{spread.q1:.4g}"),
-        "q3": float(f"{spread.q3:.4g}"),
-        "rounds": spread.rounds,
-    }
+    expected = plan.sides[reference].value(timings.outputs[reference])
+    return plan.agree(value(timings.outputs[name]), expected)
 
 
 def memory(cell: Cell, side: str) -> float | None:

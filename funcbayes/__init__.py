@@ -9,9 +9,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from funcbayes import curvature, posteriors
+from funcbayes.checkpoint import load, save
 from funcbayes.core import likelihoods, random
 from funcbayes.core.model import Model
-from funcbayes.evaluation import uncertainty
+from funcbayes.evaluation import calibration, conformal, uncertainty
 from funcbayes.exceptions import NotFittedError
 from funcbayes.inference import dropout, ensemble, laplace, swag, vi
 from funcbayes.modules import (
@@ -43,16 +44,20 @@ __all__ = [
     "Predictive",
     "VariationalBayesNN",
     "__version__",
+    "calibration",
+    "conformal",
     "curvature",
     "dropout",
     "ensemble",
     "laplace",
     "likelihoods",
+    "load",
     "metrics",
     "plots",
     "posteriors",
     "predict",
     "random",
+    "save",
     "swag",
     "testing",
     "uncertainty",

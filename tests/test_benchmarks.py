@@ -1,15 +1,14 @@
 """The benchmark program at toy sizes: that every cell runs, not how fast it is."""
 
 import json
-import math
-import time
 
 import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import floors, models, peers, report, running, timing
-from benchmarks.cells import OURS, all_cells, same_prediction, same_tensor
+from benchmarks import floors, models, peers, report, running
+from benchmarks.cells import OURS, all_cells
+from benchmarks.memory import peak_memory
 from benchmarks.peers import BASELINE
 
 
@@ -106,63 +105,11 @@ def test_the_report_names_every_loss():
     assert {"commit", "python", "torch", "threads", "cpu", "peers"} <= set(results["environment"])
 
 
-def test_sides_are_timed_in_turn_and_compared_round_by_round():
-    calls = []
-
-    def side(name, seconds):
-        def call():
-            calls.append(name)
-            time.sleep(seconds)
-
-        return call
-
-    timings = timing.in_turn({"a": side("a", 0.002), "b": side("b", 0.001)}, budget=0, min_rounds=4)
-    assert calls == list("ab" + "abbaabba")
-    assert timings.of("a").rounds == 4
-    assert timings.ratio("b", "a").median == pytest.approx(
-        timing.spread([a / b for a, b in zip(*timings.seconds.values(), strict=True)]).median
-    )
-
-
-def test_a_slow_secondary_side_sits_rounds_out(monkeypatch):
-    clock = 0.0
-
-    def side(seconds):
-        def call():
-            nonlocal clock
-            clock += seconds
-
-        return call
-
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock)
-    timings = timing.in_turn(
-        {"fast": side(1.0), "slow": side(10.0)}, budget=60, min_rounds=2, secondary=("slow",)
-    )
-    # Slow sits out once its calls have taken more than its half of the 60 seconds; fast
-    # goes on until the next round would not fit.
-    assert timings.of("slow").rounds == 4
-    assert timings.of("fast").rounds == 20
-    assert [math.isnan(t) for t in timings.seconds["slow"]] == [False] * 4 + [True] * 16
-    assert timings.ratio("slow", "fast") == timing.Spread(0.1, 0.1, 0.1, 4)
-
-
-def test_two_different_computations_do_not_agree():
-    x = torch.rand(4, 10)
-    same_tensor(x, x)
-    with pytest.raises(AssertionError, match="relative difference"):
-        same_tensor(x, 2 * x)
-    same_prediction((x, x), (x, x), num_samples=20)
-    with pytest.raises(AssertionError, match="variance 0 times"):
-        same_prediction((x, 0 * x), (x, x), num_samples=20)
-    with pytest.raises(AssertionError, match="standard errors"):
-        same_prediction((x + 9, x), (x, x), num_samples=20)
-
-
 def test_peak_memory_is_one_of_the_call():
     def call():
         return torch.zeros(32 * 2**20, dtype=torch.uint8).add_(1)
 
-    megabytes = timing.peak_memory(call)
+    megabytes = peak_memory(call)
     if megabytes is None:
         pytest.skip("this system does not tell the peak memory")
     # Anything that the test process freed earlier hides part of the peak, never adds.

@@ -1,41 +1,59 @@
 """The command line's arguments, and what its errors look like."""
 
 import argparse
-import difflib
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Never
+from typing import Any, Never
 
 from funcbayes import __version__
+from funcbayes.cli import config
+from funcbayes.cli.config import METHOD_NAMES, OPTIONS, Configuration
 from funcbayes.cli.errors import UsageError
 
-DATA_NAMES = ("digits",)
-METHOD_NAMES = ("swag", "laplace", "vi", "dropout", "ensemble")
+DATA_NAMES = ("digits", "breast-cancer", "diabetes", "two-moons", "gap")
 
 _DESCRIPTION = """\
-Trains a small convolutional network on images, turns it into a Bayesian one by each method,
-and compares what they predict.
+Trains a small network on images or a table, turns it into a Bayesian one by
+each method, and compares what they predict on data that nothing was trained or
+chosen on.
 
-The plain network is always there as the baseline. SWAG, Laplace, VI and dropout start from
-it; the ensemble trains five networks of its own. Some classes are held out of the training:
-a good method is unsure about them (AUROC near 1, FPR95 near 0) and right and calibrated on
-the others (low NLL, Brier and ECE).
+The plain network is always there as the baseline. SWAG, Laplace, VI and dropout
+start from it; the ensemble trains five networks of its own. Classification: a
+good method is right, calibrated (low NLL, Brier and ECE), and unsure about
+classes that were held out of the training (AUROC near 1, FPR95 near 0).
+Regression: it has a small error, and intervals that hold as much as they say
+(low NLL and CRPS, coverage near 90 %).
 """
 
 _EPILOG = """\
+data sets:
+  digits         handwritten digits, 8 and 9 held out    images, classification
+  breast-cancer  tumours, by their cells' nuclei         table, classification
+  diabetes       progress of a disease, by ten figures   table, regression
+  two-moons      two half circles, with a map            plane, classification
+  gap            a noisy curve with a gap in it          line, regression
+  FILE.csv       a table with a header; its types are guessed, and said
+  FILE.npz       arrays x (rows of numbers, or images) and y
+
 examples:
   funcbayes compare
       all methods on the digits data; about a minute on two cores
-  funcbayes compare --method swag --method laplace --seed 1
-      two methods, other weights and splits
+  funcbayes compare --data gap --seeds 5
+      mean and standard deviation over five splits and trainings
+  funcbayes compare --data houses.csv --target price --method swag
+      one method on a table of your own
   funcbayes compare --ood-classes 0 --samples 100 --output results/zero
       zeros held out, 100 posterior samples a prediction
+  funcbayes compare --config results/zero/config.toml
+      the same figures again
 
 what is written to the output folder:
-  results.json      configuration, versions and every figure; after each method
-  reliability.png   accuracy against confidence
-  ood.png           entropy of the test images against that of the held-out classes
+  results.json   every figure, choices, versions and machine; after each method
+  report.html    table, pictures and how to read them, in one file
+  *.png          the pictures: calibration, held-out classes, intervals, maps
+  config.toml    every option, for --config
+Ctrl-C leaves the same of the methods that were finished.
 """
 
 
@@ -52,32 +70,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes those of the process.
 
     Returns:
-        The exit code: 0, 2 for bad arguments or a missing package, 130 after Ctrl-C.
+        The exit code: 0, 2 for bad arguments, bad data or a missing package, 130 after
+        Ctrl-C, and 1 where `funcbayes bench` found a disagreement.
     """
-    parser = _parser()
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser(with_bench=argv[:1] == ["bench"])
     try:
-        arguments = parser.parse_args(argv)
+        arguments = vars(parser.parse_args(argv))
     except SystemExit as stop:
         return int(stop.code or 0)
-    if arguments.command is None:
+    command = arguments.pop("command")
+    if command is None:
         parser.print_help()
         return 0
     try:
         # Not at the top: `--help` and a typo should not wait for matplotlib and its friends.
+        if command == "bench":
+            from funcbayes.cli import bench
+
+            return bench.run(**arguments)
+        output, file = arguments.pop("output"), arguments.pop("config")
+        given = {name: arguments[name.replace("-", "_")] for name in OPTIONS}
+        configuration = config.resolve(given, file)
         from funcbayes.cli import compare
 
-        return compare.run(
-            compare.Configuration(
-                data=arguments.data,
-                # In the order of the table, each once.
-                methods=tuple(m for m in METHOD_NAMES if m in (arguments.method or METHOD_NAMES)),
-                samples=arguments.samples,
-                seed=arguments.seed,
-                epochs=arguments.epochs,
-                ood_classes=tuple(sorted(set(arguments.ood_classes))),
-            ),
-            output=arguments.output,
-        )
+        return compare.run(configuration, output=output)
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
@@ -86,16 +103,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error)
     except UsageError as error:
         message = str(error)
-    print(f"funcbayes compare: error: {message}", file=sys.stderr)
+    print(f"funcbayes {command}: error: {message}", file=sys.stderr)
     return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="funcbayes", description="Bayesian deep learning for PyTorch.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"funcbayes {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_compare(commands)
+    bench = commands.add_parser(
+        "bench", help="time this machine beside plain Python loops", allow_abbrev=False
+    )
+    if with_bench:
+        from funcbayes.cli.bench import add_arguments
+
+        add_arguments(bench)
+    return parser
+
+
+def _add_compare(commands: Any) -> None:
+    defaults = Configuration()
     compare = commands.add_parser(
         "compare",
         help="train a network and compare all methods on it",
@@ -104,88 +134,102 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    compare.add_argument(
+    data = compare.add_argument_group("data")
+    data.add_argument(
         "--data",
-        type=_one_of(DATA_NAMES, "data set"),
-        default="digits",
-        metavar="NAME",
-        help=f"what to train on: {', '.join(DATA_NAMES)} (default: %(default)s, scikit-learn's "
-        "1797 handwritten digits of 8x8 pixels)",
+        metavar="NAME|FILE",
+        help=f"a data set below, or a .csv or .npz file (default: {defaults.data})",
     )
-    compare.add_argument(
+    data.add_argument(
+        "--target",
+        metavar="COLUMN",
+        help="the column of a .csv file to predict (default: one of a usual name)",
+    )
+    data.add_argument(
+        "--task",
+        type=_checked("task"),
+        metavar="KIND",
+        help="classification or regression, for a file (default: what its target looks like)",
+    )
+    data.add_argument(
+        "--ood-classes",
+        nargs="+",
+        metavar="LABEL",
+        help="classes held out of the training as out-of-distribution (default: 8 9 for digits, "
+        "else none)",
+    )
+
+    what = compare.add_argument_group("methods")
+    what.add_argument(
         "--method",
-        type=_one_of(METHOD_NAMES, "method"),
+        type=_checked("method", alone=True),
         action="append",
         metavar="NAME",
         help=f"a method to compare with the plain network: {', '.join(METHOD_NAMES)}; repeat it "
         "for several (default: all)",
     )
-    compare.add_argument(
+    what.add_argument(
         "--samples",
-        type=_integer(1),
-        default=30,
+        type=_checked("samples"),
         metavar="S",
         help="posterior samples a prediction; more take longer and are less noisy "
-        "(default: %(default)s)",
+        f"(default: {defaults.samples})",
     )
-    compare.add_argument(
+    what.add_argument(
         "--epochs",
-        type=_integer(1),
-        default=60,
+        type=_checked("epochs"),
         metavar="E",
-        help="passes over the training images of the plain network and of the ensemble's "
-        "members (default: %(default)s)",
+        help="passes over the training data of the plain network and of the ensemble's members; "
+        "SWAG and VI go on in proportion (default: 60 for digits, else what makes some 1500 "
+        "steps)",
     )
-    compare.add_argument(
+
+    how = compare.add_argument_group("run")
+    how.add_argument(
         "--seed",
-        type=_integer(0),
-        default=0,
+        type=_checked("seed"),
         metavar="N",
         help="splits, weights and draws follow from it: the same seed gives the same figures "
-        "(default: %(default)s)",
+        f"(default: {defaults.seed})",
     )
-    compare.add_argument(
-        "--ood-classes",
-        type=_integer(0),
-        nargs="+",
-        default=[8, 9],
-        metavar="C",
-        help="classes held out of the training as out-of-distribution (default: 8 9)",
+    how.add_argument(
+        "--seeds",
+        type=_checked("seeds"),
+        metavar="N",
+        help="how many seeds, from --seed on; figures are then means and standard deviations "
+        f"(default: {defaults.seeds})",
     )
-    compare.add_argument(
+    how.add_argument(
+        "--device",
+        type=_checked("device"),
+        metavar="NAME",
+        help="cpu, cuda, cuda:N, or auto for CUDA where there is a device "
+        f"(default: {defaults.device})",
+    )
+    how.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a TOML file of these options by their names, such as samples = 30; the command "
+        "line wins over it",
+    )
+    how.add_argument(
         "--output",
         type=Path,
         default=Path("funcbayes-results"),
         metavar="FOLDER",
-        help="where results.json and the pictures go; made if it is not there "
-        "(default: %(default)s)",
+        help="where the files go; made if it is not there (default: %(default)s)",
     )
-    return parser
 
 
-def _one_of(names: Collection[str], kind: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text in names:
-            return text
-        close = difflib.get_close_matches(text, names, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        raise argparse.ArgumentTypeError(
-            f"there is no {kind} '{text}': {hint}choose from {', '.join(names)}"
-        )
+def _checked(name: str, *, alone: bool = False) -> Callable[[str], Any]:
+    """A type for argparse, whose errors are those of the configuration."""
 
-    return parse
-
-
-def _integer(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
+    def parse(text: str) -> Any:
         try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or value < least:
-            raise argparse.ArgumentTypeError(
-                f"it is '{text}', expected an integer of at least {least}"
-            )
-        return value
+            value = config.check(name, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value[0] if alone else value
 
     return parse

@@ -1,134 +1,126 @@
-"""`funcbayes compare`: every method on one data set, in one table."""
+"""`funcbayes compare`: every method on one data set, in one table and one report."""
 
 import contextlib
-import json
 import os
 import platform
-import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from funcbayes import __version__
-from funcbayes.cli import table
-from funcbayes.cli.data import DATA, Splits
+from funcbayes.cli import data as datasets
+from funcbayes.cli import methods, networks, outputs, table
+from funcbayes.cli.config import Configuration, command_line, to_toml
+from funcbayes.cli.data import Labelled, Splits
 from funcbayes.cli.errors import UsageError
-from funcbayes.cli.methods import LIKELIHOOD, METHODS, Fitted, Task
-from funcbayes.cli.networks import SmallConvNet
+from funcbayes.cli.evaluate import Evaluation, evaluate
+from funcbayes.cli.methods import METHODS, Task
+from funcbayes.cli.recipes import default_epochs
 from funcbayes.core import random
+from funcbayes.core.batching import is_out_of_memory
 from funcbayes.core.random import Key
-from funcbayes.evaluation import metrics, plots
+from funcbayes.evaluation.report import MethodReport, Points, Report
 from funcbayes.extras import needs_extra
-from funcbayes.posteriors import Empirical
-from funcbayes.prediction import Predictive, predict
 
 with needs_extra("report"):
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.text import Text
 
-
-class Configuration(NamedTuple):
-    """What determines the figures.
-
-    Attributes:
-        data: name of the data set.
-        methods: names of the methods, without the plain network.
-        samples: posterior samples a prediction.
-        seed: of splits, weights and draws.
-        epochs: passes over the training split.
-        ood_classes: classes held out of the training.
-    """
-
-    data: str
-    methods: tuple[str, ...]
-    samples: int
-    seed: int
-    epochs: int
-    ood_classes: tuple[int, ...]
-
-
-class Evaluation(NamedTuple):
-    """One method's part of the report.
-
-    Attributes:
-        figures: what goes into `results.json`.
-        probs: predictive probabilities of the test split, `[images, classes]`.
-        in_scores: predictive entropy of each test image.
-        out_scores: predictive entropy of each held-out image.
-    """
-
-    figures: dict[str, Any]
-    probs: Tensor
-    in_scores: Tensor
-    out_scores: Tensor
+_LABELS = {
+    "plain": "plain",
+    "swag": "SWAG",
+    "laplace": "Laplace",
+    "vi": "VI",
+    "dropout": "dropout",
+    "ensemble": "ensemble",
+}
+_PACKAGES = ("torch", "numpy", "pandas", "scikit-learn", "scipy", "torchmetrics")
 
 
 def run(configuration: Configuration, *, output: Path) -> int:
-    """Trains, predicts, and writes the report.
+    """Trains, predicts, and writes figures, pictures and the report.
 
     Args:
         configuration: what to compare.
-        output: folder for `results.json` and the pictures.
+        output: folder for the files.
 
     Returns:
         The exit code: 0, or 130 if Ctrl-C ended it early; what was finished is then written.
 
     Raises:
-        UsageError: the held-out classes do not fit the data, or `output` cannot be written.
+        UsageError: an argument or the data do not fit, training diverged, or memory ran out;
+            what was finished until then is written.
     """
-    key = random.key(configuration.seed)
-    try:
-        data = DATA[configuration.data](
-            ood_classes=configuration.ood_classes, key=random.fold_in(key, 0)
-        )
-    except ValueError as error:
-        raise UsageError(f"argument --ood-classes: {error}") from error
-    _make_folder(output)
+    configuration = configuration._replace(device=str(_device(configuration.device)))
+    data = _load(configuration, configuration.seed)
+    if configuration.epochs is None:
+        configuration = configuration._replace(epochs=default_epochs(data))
+    _check_memory(configuration, data)
+    outputs.make_folder(output)
+    outputs.write_text(output / "config.toml", to_toml(configuration))
 
     console = Console()
-    console.print(
-        f"[bold]{configuration.data}[/]: {len(data.train.targets)} images train, "
-        f"{len(data.validation.targets)} validate, {len(data.test.targets)} test; held out: "
-        f"{len(data.ood)} of class {', '.join(map(str, configuration.ood_classes))}",
-        highlight=False,
-    )
-    done: dict[str, Evaluation] = {}
-    complete = False
-    # Ctrl-C ends the loop and not the report: what is finished is worth a table and pictures.
-    with contextlib.suppress(KeyboardInterrupt):
-        for name, evaluation in _evaluations(configuration, data, key):
-            done[name] = evaluation
-            _write_json(output / "results.json", _report(configuration, data, done))
+    _introduce(console, configuration, data)
+    done: dict[str, list[Evaluation]] = {}
+    complete, failure = False, None
+
+    def report() -> Report:
+        return _report(configuration, data, done, output, complete=complete)
+
+    def write_figures() -> None:
+        by_information = {name: _gathered(done[name], _by_information) for name in done}
+        path = output / "results.json"
+        outputs.write_json(path, report(), configuration, by_information)
+
+    def add(name: str, evaluation: Evaluation) -> None:
+        done.setdefault(name, []).append(evaluation)
+        write_figures()
+
+    # Ctrl-C or an error ends the work and not the report: what is finished is worth one.
+    try:
+        _evaluate_all(configuration, data, add)
         complete = True
+    except KeyboardInterrupt:
+        pass
+    except UsageError as error:
+        failure = error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) and "not enough memory" not in str(error):
+            raise
+        failure = UsageError(
+            f"memory ran out with --samples {configuration.samples} on "
+            f"{configuration.device}: pass fewer"
+        )
     if done:
-        console.print(table.render({name: e.figures for name, e in done.items()}))
-        _draw(output, data, done)
-        written = ", ".join(sorted(path.name for path in output.iterdir()))
-        console.print(f"[bold]{output}[/]: {written}", highlight=False, soft_wrap=True)
+        write_figures()
+        for part in table.render(report().methods):
+            console.print(part)
+        written = outputs.write_report(output, report())
+        names = ", ".join(("results.json", "config.toml", *written))
+        console.print(Text.assemble((str(output), "bold"), f": {names}"), soft_wrap=True)
+    if failure is not None:
+        raise failure
     if not complete:
+        finished = sum(map(len, done.values()))
+        wanted = configuration.seeds * (1 + len(configuration.methods))
+        of_seeds = f" of {configuration.seeds} seeds each" if configuration.seeds > 1 else ""
         console.print(
-            f"Interrupted: finished {len(done)} of {1 + len(configuration.methods)} methods.",
-            highlight=False,
+            f"Interrupted: finished {finished} of {wanted} methods{of_seeds}.", highlight=False
         )
     return 0 if complete else 130
 
 
-def _evaluations(
-    configuration: Configuration, data: Splits, key: Key
-) -> Iterator[tuple[str, Evaluation]]:
-    """Fits and evaluates the plain network, then each method."""
-
-    def make_net() -> SmallConvNet:
-        return SmallConvNet(len(data.classes))
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random.seed(random.fold_in(key, 1)))
-        net = make_net()
+def _evaluate_all(
+    configuration: Configuration, first: Splits, add: Callable[[str, Evaluation], None]
+) -> None:
+    """Goes through the seeds, and for each through the plain network and the methods."""
     names = ("plain", *configuration.methods)
     progress = Progress(
         TextColumn("{task.description}"),
@@ -137,73 +129,84 @@ def _evaluations(
         TimeElapsedColumn(),
         console=Console(stderr=True),
     )
-    with progress:
-        bars = {name: progress.add_task(name, total=None, start=False) for name in names}
-        for name in names:
-            bar = bars[name]
-            progress.start_task(bar)
-            # By its place in the table of all methods: leaving one out does not move another.
-            method_key = random.fold_in(random.fold_in(key, 2), list(METHODS).index(name))
-            fit_key, predict_key = random.split(method_key)
+    with progress, _repeatable(configuration.device):
+        bars = {name: progress.add_task(_LABELS[name], total=None, start=False) for name in names}
+        for number in range(configuration.seeds):
+            seed = configuration.seed + number
+            for name, bar in bars.items():
+                of_all = f", seed {seed}" if configuration.seeds > 1 else ""
+                progress.reset(bar, start=False, total=None, description=_LABELS[name] + of_all)
+            data = first if number == 0 else _load(configuration, seed)
+            task = _task(configuration, data, random.key(seed))
+            for name, bar in bars.items():
+                progress.start_task(bar)
+                # By its place among all methods: leaving one out does not move another.
+                method_key = random.fold_in(task.key, list(METHODS).index(name))
+                fit_key, predict_key = random.split(method_key)
 
-            def begin(total: int, bar: Any = bar) -> None:
-                progress.update(bar, total=total)
+                def begin(total: int, bar: Any = bar) -> None:
+                    progress.update(bar, total=total)
 
-            def tick(*_: object, bar: Any = bar) -> None:
-                progress.advance(bar)
+                def tick(*_: object, bar: Any = bar) -> None:
+                    progress.advance(bar)
 
-            task = Task(
-                data=data,
-                make_net=make_net,
-                net=net,
-                epochs=configuration.epochs,
-                num_samples=configuration.samples,
-                key=fit_key,
-                begin=begin,
-                tick=tick,
-            )
-            start = time.perf_counter()
-            with _one_thread():
-                fitted = METHODS[name](task)
-            seconds = time.perf_counter() - start
-            yield name, _evaluate(fitted, data, predict_key, train_seconds=seconds)
-            progress.stop_task(bar)
+                start = time.perf_counter()
+                with _one_thread():
+                    fitted = methods.fit(name, task._replace(key=fit_key, begin=begin, tick=tick))
+                seconds = time.perf_counter() - start
+                add(name, evaluate(fitted, task.data, predict_key, train_seconds=seconds))
+                progress.stop_task(bar)
+                if name == "plain":
+                    # The others take over what was chosen for it.
+                    task = task._replace(
+                        weight_decay=fitted.choices["weight_decay"], likelihood=fitted.likelihood
+                    )
 
 
-def _evaluate(fitted: Fitted, data: Splits, key: Key, *, train_seconds: float) -> Evaluation:
-    def predictive(images: Tensor, strategy: Any = "auto") -> Predictive:
-        return predict(
-            fitted.model,
-            fitted.posterior,
-            images,
-            key=key,
-            num_samples=fitted.num_samples,
-            likelihood=LIKELIHOOD,
-            strategy=strategy,
-        )
-
-    images, targets = data.test
-    test, ood = predictive(images), predictive(data.ood)
-    fit = metrics.classification(test.mean, targets)
-    by_entropy = metrics.detection(test.entropy, ood.entropy)
-    # One network knows no difference of opinion; what is left is rounding.
-    single = isinstance(fitted.posterior, Empirical) and fitted.posterior.num_members == 1
-    by_information = (
-        None
-        if single
-        else metrics.detection(test.mutual_information, ood.mutual_information)._asdict()
+def _load(configuration: Configuration, seed: int) -> Splits:
+    data = datasets.load(
+        configuration.data,
+        target=configuration.target,
+        task=configuration.task,
+        ood_classes=configuration.ood_classes,
+        key=random.fold_in(random.key(seed), 0),
     )
-    figures = {
-        "metrics": {**fit._asdict(), **by_entropy._asdict()},
-        "metrics_of_mutual_information": by_information,
-        "choices": fitted.choices,
-        "seconds": {
-            "train": train_seconds,
-            "predict": _seconds(lambda: predictive(images)),
-            "predict_loop": _seconds(lambda: predictive(images, "loop")),
-        },
-    }
-    return Evaluation(figures, test.mean, test.entropy, ood.entropy)
+    device = torch.device(configuration.device)
+
+    def moved(part: Labelled) -> Labelled:
+        return Labelled(part.inputs.to(device), part.targets.to(device))
+
+    return data._replace(
+        train=moved(data.train),
+        validation=moved(data.validation),
+        test=moved(data.test),
+        ood=None if data.ood is None else data.ood.to(device),
+        grid=None if data.grid is None else data.grid.to(device),
+    )
+
+
+def _task(configuration: Configuration, data: Splits, key: Key) -> Task:
+    """What the plain network starts from; its key is the parent of every method's."""
+
+    def make_net() -> nn.Module:
+        return networks.make(data).to(data.train.inputs.device)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random.seed(random.fold_in(key, 1)))
+        net = make_net()
+    assert configuration.epochs is not None
+    return Task(
+        data=data,
+        make_net=make_net,
+        net=net,
+        weight_decay=0.0,
+        likelihood=methods.likelihood_for(data),
+        epochs=configuration.epochs,
+        num_samples=configuration.samples,
+        key=random.fold_in(key, 2),
+        begin=lambda total: None,
+        tick=lambda *_: None,
+    )
 
 
 @contextlib.contextmanager
@@ -221,67 +224,149 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _seconds(call: Any, *, repeats: int = 3) -> float:
-    """Median time of a call that has run before."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def _repeatable(device: str) -> contextlib.AbstractContextManager[None]:
+    """On CUDA, convolutions by algorithms that give the same sums every time."""
+    if torch.device(device).type == "cpu":
+        return contextlib.nullcontext()
+    return torch.backends.cudnn.flags(
+        enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True
+    )
 
 
-def _make_folder(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
+def _device(name: str) -> torch.device:
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda", 0) if found else torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= found:
+        there = f"there are {found} CUDA devices, numbered from 0" if found else "there is no CUDA"
+        raise UsageError(f"argument --device: it is '{name}', but {there}: pass --device cpu")
+    return device
+
+
+def _check_memory(configuration: Configuration, data: Splits) -> None:
+    """Refuses more samples than can be kept, where a method keeps them all."""
+    net = networks.make(data)
+    # SWAG keeps its samples where each gets batch-norm statistics of its own.
+    if "swag" not in configuration.methods or not list(net.buffers()):
+        return
+    one = sum(4 * parameter.numel() for parameter in net.parameters())
+    device = torch.device(configuration.device)
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[0]
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    # Half: the noise of the draws takes as much again while they are made.
+    most = int(there / 2 / one)
+    if configuration.samples > most:
+        needed = configuration.samples * one / 2**30
         raise UsageError(
-            f"argument --output: '{error.filename}' is a file, expected a folder: name another one"
-        ) from error
-    except OSError as error:
-        raise UsageError(
-            f"argument --output: '{output}' cannot be made ({error.strerror}): name another folder"
-        ) from error
-    if not os.access(output, os.W_OK):
-        raise UsageError(f"argument --output: '{output}' cannot be written to: name another folder")
+            f"argument --samples: it is {configuration.samples}, and SWAG would keep as many "
+            f"networks, {needed:.1f} GiB of memory: pass at most {most}, or other methods by "
+            "--method"
+        )
+
+
+def _introduce(console: Console, configuration: Configuration, data: Splits) -> None:
+    rows = _rows(data)
+    kind = "rows" if data.features else "images"
+    held_out = ""
+    if data.ood is not None:
+        known = set(data.classes)
+        names = [c for c in configuration.ood_classes or () if c not in known]
+        held_out = f"; held out: {rows['held out']}" + (f" ({', '.join(names)})" if names else "")
+    console.print(
+        Text.assemble(
+            (data.name, "bold"),
+            f", {data.task}: {rows['train']} {kind} train, {rows['validation']} validate, "
+            f"{rows['test']} test{held_out}; on {configuration.device}",
+        )
+    )
+    for note in data.notes:
+        console.print(Text(note, style="dim"))
+
+
+def _rows(data: Splits) -> dict[str, int]:
+    rows = {
+        "train": len(data.train.targets),
+        "validation": len(data.validation.targets),
+        "test": len(data.test.targets),
+    }
+    return rows if data.ood is None else {**rows, "held out": len(data.ood)}
 
 
 def _report(
-    configuration: Configuration, data: Splits, done: dict[str, Evaluation]
-) -> dict[str, Any]:
-    return {
-        "configuration": configuration._asdict(),
-        "data": {
-            "classes": data.classes,
-            "train": len(data.train.targets),
-            "validation": len(data.validation.targets),
-            "test": len(data.test.targets),
-            "out_of_distribution": len(data.ood),
+    configuration: Configuration,
+    data: Splits,
+    done: dict[str, list[Evaluation]],
+    output: Path,
+    *,
+    complete: bool,
+) -> Report:
+    device = torch.device(configuration.device)
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return Report(
+        task=data.task,
+        data={
+            "name": data.name,
+            "rows": _rows(data),
+            "classes": list(data.classes),
+            "features": list(data.features),
+            "target": configuration.target,
+            "notes": list(data.notes),
         },
-        "versions": {
+        command=command_line(configuration, output),
+        seeds=[configuration.seed + i for i in range(configuration.seeds)],
+        complete=complete,
+        methods=[
+            MethodReport(
+                name=method,
+                label=_LABELS[method],
+                metrics=_gathered(evaluations, lambda e: e.metrics),
+                seconds=_gathered(evaluations, lambda e: e.seconds),
+                memory=[e.memory for e in evaluations],
+                choices=[e.choices for e in evaluations],
+                prediction=evaluations[0].prediction,
+            )
+            for method, evaluations in done.items()
+        ],
+        points=_points(data),
+        versions={
             "funcbayes": __version__,
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "numpy", "scikit-learn", "torchmetrics")},
+            **{package: version(package) for package in _PACKAGES},
         },
-        "machine": {
+        machine={
             "platform": platform.platform(),
+            "device": f"{configuration.device}, {name}",
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
         },
-        "methods": {name: evaluation.figures for name, evaluation in done.items()},
-    }
+        created=datetime.now().astimezone().isoformat(timespec="seconds"),
+    )
 
 
-def _write_json(path: Path, report: dict[str, Any]) -> None:
-    # In one step, so that an interrupt leaves the old file or the new one, never half of it.
-    unfinished = path.with_suffix(".json.part")
-    unfinished.write_text(json.dumps(report, indent=2) + "\n")
-    unfinished.replace(path)
+def _points(data: Splits) -> Points | None:
+    """The training data in their own units, where they can be drawn."""
+    if data.grid is None or data.input_mean is None or data.input_std is None:
+        return None
+    inputs = data.train.inputs.cpu() * data.input_std + data.input_mean
+    targets = data.train.targets.cpu()
+    if data.task == "regression":
+        targets = targets.double() * data.target_std + data.target_mean
+    return Points(inputs, targets)
 
 
-def _draw(output: Path, data: Splits, done: dict[str, Evaluation]) -> None:
-    predictions = {name: (e.probs, data.test.targets) for name, e in done.items()}
-    scores = {name: (e.in_scores, e.out_scores) for name, e in done.items()}
-    largest = torch.tensor(float(len(data.classes))).log().item()
-    plots.reliability_diagrams(predictions).savefig(output / "reliability.png")
-    plots.ood_histograms(scores, upper=largest).savefig(output / "ood.png")
+def _by_information(evaluation: Evaluation) -> dict[str, float]:
+    return evaluation.metrics_of_mutual_information
+
+
+def _gathered(
+    evaluations: list[Evaluation], figures: Callable[[Evaluation], dict[str, float]]
+) -> dict[str, list[float]]:
+    """One list a figure, with one value a seed."""
+    return {name: [figures(e)[name] for e in evaluations] for name in figures(evaluations[0])}

@@ -1,44 +1,53 @@
-"""The plain network and five Bayesian methods, each trained as its paper has it.
+"""The plain network and the five methods, each trained as its paper has it.
 
 Every function here takes the same `Task` and gives a `Fitted`, which is all that prediction
-needs. Hyper-parameters that depend on the data are chosen on the validation split.
+needs. Hyper-parameters that depend on the data are chosen on the validation split, and so is
+the noise in regression, for each method its own.
 """
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
+from funcbayes.cli import choose
+from funcbayes.cli.choose import Fitted
 from funcbayes.cli.data import ShuffledBatches, Splits
+from funcbayes.cli.errors import UsageError
+from funcbayes.cli.recipes import batch_size, recipe
 from funcbayes.core import random, trees
-from funcbayes.core.likelihoods import Categorical
+from funcbayes.core.likelihoods import Categorical, Gaussian, Likelihood
 from funcbayes.core.model import Model
 from funcbayes.core.random import Key
 from funcbayes.inference import dropout, ensemble, laplace, swag, vi
 from funcbayes.posteriors import Empirical
-from funcbayes.prediction import predict
 
-LIKELIHOOD = Categorical()
-BATCH_SIZE = 32
 NUM_MEMBERS = 5
 
 # SGD with Nesterov momentum and cosine decay, the recipe of every network that is trained
 # from the start.
-_LEARNING_RATE, _MOMENTUM, _WEIGHT_DECAY = 0.05, 0.9, 5e-4
+_LEARNING_RATE, _MOMENTUM = 0.05, 0.9
+
+
+class DivergedError(UsageError):
+    """Training ended in numbers that are not finite."""
 
 
 class Task(NamedTuple):
     """What every method starts from.
 
     Attributes:
-        data: the splits.
-        make_net: builds an untrained network.
+        data: the splits, on the device to train on.
+        make_net: builds an untrained network there.
         net: the trained plain network; a method that trains on copies it.
+        weight_decay: that of the plain network; chosen when it is trained.
+        likelihood: that of the plain network, in regression with its noise.
         epochs: passes over the training split of a network that is trained from the start.
         num_samples: posterior samples for a prediction.
         key: the method's own.
@@ -49,6 +58,8 @@ class Task(NamedTuple):
     data: Splits
     make_net: Callable[[], nn.Module]
     net: nn.Module
+    weight_decay: float
+    likelihood: Likelihood
     epochs: int
     num_samples: int
     key: Key
@@ -56,41 +67,34 @@ class Task(NamedTuple):
     tick: Callable[..., None]
 
 
-class Fitted(NamedTuple):
-    """What predicts.
-
-    Attributes:
-        model: the network as a function.
-        posterior: the distribution over its parameters.
-        num_samples: how many samples to predict with; None for every member of an ensemble.
-        choices: what was chosen on the validation split, for the report.
-    """
-
-    model: Model
-    posterior: Any
-    num_samples: int | None
-    choices: dict[str, Any]
+def likelihood_for(data: Splits) -> Likelihood:
+    """What outputs mean before anything is trained; the targets' noise is not known yet."""
+    return Categorical() if data.task == "classification" else Gaussian(noise_std=1.0)
 
 
 def fit_plain(task: Task) -> Fitted:
     """Trains `task.net` itself, in place, in a plain PyTorch loop."""
-    data = _shuffled(task)
-    num_steps = task.epochs * len(data)
-    task.begin(num_steps)
-    # Dropout in training draws from torch's global generator.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random.seed(task.key))
-        optimizer, schedule = _sgd(list(task.net.parameters()), num_steps)
-        task.net.train()
-        for _ in range(task.epochs):
-            for images, targets in data:
-                _step(task.net, optimizer, images, targets)
-                schedule.step()
-                task.tick()
+    candidates: dict[float, Fitted] = {}
+    nets: dict[float, nn.Module] = {}
+    decays = recipe(task.data).weight_decays
+    num_steps = task.epochs * len(_shuffled(task))
+    task.begin(len(decays) * num_steps)
+    for decay in decays:
+        net = nets[decay] = copy.deepcopy(task.net).train()
+        optimizer, schedule = _sgd(list(net.parameters()), num_steps, decay)
+
+        def after_step(schedule: LRScheduler = schedule) -> None:
+            schedule.step()
+            task.tick()
+
+        _train(task, net, optimizer, _shuffled(task), task.epochs, after_step)
+        model = Model.from_module(net.eval())
+        alone = trees.tree_map(lambda p: p.clone().unsqueeze(0), model.params)
+        candidates[decay] = Fitted(model, Empirical(alone, {}), None, task.likelihood, {})
+    best = _best(task, "weight_decay", candidates)
+    task.net.load_state_dict(nets[best.choices["weight_decay"]].state_dict())
     task.net.eval()
-    model = Model.from_module(task.net)
-    alone = trees.tree_map(lambda p: p.clone().unsqueeze(0), model.params)
-    return Fitted(model, Empirical(alone, {}), None, {})
+    return best
 
 
 def fit_swag(task: Task) -> Fitted:
@@ -103,36 +107,43 @@ def fit_swag(task: Task) -> Fitted:
         Maddox et al. (2019), arXiv:1902.02476, algorithm 1 and section 3.4.
     """
     learning_rates = (0.01, 0.03, 0.1)
-    num_epochs, max_rank = 40, 20
-    steps = num_epochs * len(_shuffled(task))
-    task.begin(len(learning_rates) * steps)
+    num_epochs, max_rank = max(2, round(task.epochs * 2 / 3)), 20
+    data = _shuffled(task)
+    task.begin(len(learning_rates) * num_epochs * len(data))
+    has_statistics = bool(dict(task.net.named_buffers()))
 
     def collect(learning_rate: float) -> Fitted:
         net = copy.deepcopy(task.net).train()
         model = Model.from_module(net)
         state = swag.init(model.params, max_rank=max_rank)
         optimizer = torch.optim.SGD(
-            net.parameters(), learning_rate, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY
+            net.parameters(), learning_rate, momentum=_MOMENTUM, weight_decay=task.weight_decay
         )
-        data = _shuffled(task)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random.seed(task.key))
-            for _ in range(num_epochs):
-                for images, targets in data:
-                    _step(net, optimizer, images, targets)
-                    task.tick()
-                state = swag.update(state, model.params)
+
+        def after_epoch() -> None:
+            nonlocal state
+            state = swag.update(state, model.params)
+
+        _train(task, net, optimizer, _shuffled(task), num_epochs, task.tick, after_epoch)
+        posterior = swag.posterior(state)
+        if not has_statistics:
+            return Fitted(model, posterior, task.num_samples, task.likelihood, {})
         draws = swag.reestimate_batch_norm(
             model,
-            swag.posterior(state),
+            posterior,
             task.data.train,
             key=random.fold_in(task.key, 1),
             num_samples=task.num_samples,
         )
         # The draws are members now: predicting with all of them draws nothing.
-        return Fitted(model, draws, None, {})
+        return Fitted(model, draws, None, task.likelihood, {})
 
-    return _best(task, "learning_rate", {rate: collect(rate) for rate in learning_rates})
+    candidates: dict[float, Fitted] = {}
+    for i, rate in enumerate(learning_rates):
+        # The largest ones may be too large; then there are the others.
+        with contextlib.nullcontext() if i == 0 else contextlib.suppress(DivergedError):
+            candidates[rate] = collect(rate)
+    return _best(task, "learning_rate", candidates)
 
 
 def fit_laplace(task: Task) -> Fitted:
@@ -148,16 +159,16 @@ def fit_laplace(task: Task) -> Fitted:
         in Immer et al. (2021), arXiv:2008.08400. The prior precision is chosen by validation
         likelihood, which is among their options; no refit is needed for another value.
     """
-    prior_precisions = [10.0 ** (k / 4) for k in range(2, 17)]
+    prior_precisions = recipe(task.data).prior_precisions
     task.begin(1 + len(prior_precisions))
     model = Model.from_module(task.net, bayesian=_in_head)
-    state = laplace.fit(model, task.data.train, likelihood=LIKELIHOOD)
+    state = laplace.fit(model, task.data.train, likelihood=task.likelihood)
     task.tick()
 
     def widen(prior_precision: float) -> Fitted:
         task.tick()
         posterior = laplace.posterior(state, prior_precision=prior_precision)
-        return Fitted(model, posterior, task.num_samples, {})
+        return Fitted(model, posterior, task.num_samples, task.likelihood, {})
 
     return _best(task, "prior_precision", {p: widen(p) for p in prior_precisions})
 
@@ -179,9 +190,10 @@ def fit_vi(task: Task) -> Fitted:
         Blundell et al. (2015), arXiv:1505.05424, with a Gaussian prior; the pruning is in
         Trippe and Turner (2018), arXiv:1801.06230.
     """
-    num_rounds, epochs_per_round = 6, 15
+    settings = recipe(task.data)
+    num_rounds, epochs_per_round = 6, max(1, round(task.epochs / 4))
     model = Model.from_module(task.net, bayesian=_in_head)
-    state = vi.init(model.params, std=0.01)
+    state = vi.init(model.params, std=settings.vi_std)
     data = _shuffled(task)
     task.begin(num_rounds * epochs_per_round * len(data))
     rounds: dict[float, Fitted] = {}
@@ -190,16 +202,18 @@ def fit_vi(task: Task) -> Fitted:
             model,
             data,
             key=random.fold_in(random.fold_in(task.key, 1), i),
-            likelihood=LIKELIHOOD,
+            likelihood=task.likelihood,
             num_epochs=epochs_per_round,
-            learning_rate=5e-4,
+            learning_rate=settings.vi_learning_rate,
             num_samples=4,
             num_data=len(task.data.train.targets),
             state=state,
             callback=task.tick,
         )
         posterior = vi.posterior(state)
-        rounds[epochs_per_round * (i + 1)] = Fitted(model, posterior, task.num_samples, {})
+        rounds[epochs_per_round * (i + 1)] = Fitted(
+            model, posterior, task.num_samples, task.likelihood, {}
+        )
     return _best(task, "epochs", rounds)
 
 
@@ -211,8 +225,9 @@ def fit_dropout(task: Task) -> Fitted:
     """
     task.begin(1)
     model = Model.from_module(task.net)
+    fitted = Fitted(model, dropout.posterior(model), task.num_samples, task.likelihood, {})
     task.tick()
-    return Fitted(model, dropout.posterior(model), task.num_samples, {})
+    return _with_noise(task, fitted)
 
 
 def fit_ensemble(task: Task) -> Fitted:
@@ -229,7 +244,7 @@ def fit_ensemble(task: Task) -> Fitted:
     schedules: list[LRScheduler] = []
 
     def make_optimizer(leaves: list[Tensor]) -> Optimizer:
-        optimizer, schedule = _sgd(leaves, num_steps)
+        optimizer, schedule = _sgd(leaves, num_steps, task.weight_decay)
         schedules.append(schedule)
         return optimizer
 
@@ -242,12 +257,42 @@ def fit_ensemble(task: Task) -> Fitted:
         members,
         data,
         key=fit_key,
-        likelihood=LIKELIHOOD,
+        likelihood=likelihood_for(task.data),
         optimizer=make_optimizer,
         num_epochs=task.epochs,
         callback=after_step,
     )
-    return Fitted(model, ensemble.posterior(members), None, {})
+    return _with_noise(task, Fitted(model, ensemble.posterior(members), None, task.likelihood, {}))
+
+
+def fit(name: str, task: Task) -> Fitted:
+    """Fits a method.
+
+    Raises:
+        DivergedError: training ended in numbers that are not finite.
+        UsageError: the network's outputs or the targets do not fit the likelihood.
+    """
+    inputs, targets = (part[:2] for part in task.data.train)
+    try:
+        with torch.no_grad():
+            task.likelihood.check(copy.deepcopy(task.net).eval()(inputs), targets)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"the data do not fit {task.data.task}: {error}; or choose the other kind by --task"
+        ) from error
+    try:
+        return METHODS[name](task)
+    except DivergedError as error:
+        reason, cause = str(error), error
+    except ValueError as error:
+        # The library's own check of losses and weights.
+        if "finite" not in str(error) and "NaN" not in str(error):
+            raise
+        reason, cause = str(error).split(", expected")[0], error
+    raise DivergedError(
+        f"training diverged for method {name}, {reason}: look for values far from all others in "
+        "the data and standardise them, or lower --epochs"
+    ) from cause
 
 
 METHODS: dict[str, Callable[[Task], Fitted]] = {
@@ -266,47 +311,62 @@ def _in_head(name: str) -> bool:
 
 
 def _shuffled(task: Task) -> ShuffledBatches:
-    return ShuffledBatches(task.data.train, batch_size=BATCH_SIZE, key=random.fold_in(task.key, 0))
+    return ShuffledBatches(
+        task.data.train, batch_size=batch_size(task.data), key=random.fold_in(task.key, 0)
+    )
 
 
-def _sgd(leaves: Iterable[Tensor], num_steps: int) -> tuple[Optimizer, LRScheduler]:
+def _sgd(
+    leaves: Iterable[Tensor], num_steps: int, weight_decay: float
+) -> tuple[Optimizer, LRScheduler]:
     optimizer = torch.optim.SGD(
         leaves,
         _LEARNING_RATE,
         momentum=_MOMENTUM,
         nesterov=True,
-        weight_decay=_WEIGHT_DECAY,
+        weight_decay=weight_decay,
     )
     return optimizer, CosineAnnealingLR(optimizer, num_steps)
 
 
-def _step(net: nn.Module, optimizer: Optimizer, images: Tensor, targets: Tensor) -> None:
-    loss = nn.functional.cross_entropy(net(images), targets)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+def _train(
+    task: Task,
+    net: nn.Module,
+    optimizer: Optimizer,
+    data: ShuffledBatches,
+    num_epochs: int,
+    after_step: Callable[[], None],
+    after_epoch: Callable[[], None] = lambda: None,
+) -> None:
+    """A plain PyTorch loop; the loss is that of unit noise in regression."""
+    likelihood = likelihood_for(task.data)
+    # Dropout in training draws from torch's global generator.
+    with _seeded(task.key, task.data.train.inputs.device):
+        loss = torch.zeros(())
+        for epoch in range(num_epochs):
+            for inputs, targets in data:
+                loss = likelihood.nll(net(inputs), targets).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                after_step()
+            if not math.isfinite(loss.item()):
+                raise DivergedError(f"the loss is {loss.item()} in epoch {epoch + 1}")
+            after_epoch()
+
+
+@contextlib.contextmanager
+def _seeded(key: Key, device: torch.device) -> Iterator[None]:
+    """The global generators of torch follow the key inside, and are as before after it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(random.seed(key))
+        yield
 
 
 def _best(task: Task, name: str, candidates: dict[float, Fitted]) -> Fitted:
-    """The candidate of the lowest validation NLL, with the values tried in its choices."""
-    nlls: dict[float, float] = {}
-    for value, fitted in candidates.items():
-        nlls[value] = _validation_nll(task, fitted)
-    best = min(nlls, key=lambda value: nlls[value])
-    tried = {f"{value:.4g}": round(nll, 6) for value, nll in nlls.items()}
-    return candidates[best]._replace(choices={name: best, "validation_nll": tried})
+    key, tolerance = random.fold_in(task.key, 2), recipe(task.data).tolerance
+    return choose.best(name, candidates, task.data, key=key, tolerance=tolerance)
 
 
-def _validation_nll(task: Task, fitted: Fitted) -> float:
-    """NLL on the validation split, in nats a datum; infinite where it is no number."""
-    images, targets = task.data.validation
-    predictive = predict(
-        fitted.model,
-        fitted.posterior,
-        images,
-        key=random.fold_in(task.key, 2),
-        num_samples=fitted.num_samples,
-        likelihood=LIKELIHOOD,
-    )
-    nll = float(-predictive.mean.gather(1, targets[:, None]).log().mean())
-    return nll if math.isfinite(nll) else math.inf
+def _with_noise(task: Task, fitted: Fitted) -> Fitted:
+    return choose.with_noise(fitted, task.data, key=random.fold_in(task.key, 2))

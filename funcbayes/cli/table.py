@@ -1,64 +1,53 @@
-"""The figures of all methods as a table for the terminal."""
+"""The figures of all methods as tables for the terminal."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+from funcbayes.evaluation.report import Cell, Column, MethodReport, columns
 from funcbayes.extras import needs_extra
 
 with needs_extra("report"):
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-# Key, heading, format, and whether more is better.
-_METRICS = (
-    ("accuracy", "acc.", "{:.1%}", True),
-    ("nll", "NLL", "{:.3f}", False),
-    ("brier", "Brier", "{:.3f}", False),
-    ("ece", "ECE", "{:.1%}", False),
-    ("auroc", "AUROC", "{:.3f}", True),
-    ("fpr95", "FPR95", "{:.1%}", False),
+_COST_NAMES = ("train", "predict", "predict_loop", "memory")
+_READING = (
+    "SWAG, Laplace, VI and dropout start from the plain network, whose training is not counted "
+    "again. Loop: a prediction with one forward pass a sample in place of a batched one."
 )
+_LABELS = {"predict_loop": "loop", "interval_score": "int. score"}
 
 
-def render(figures: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A table with one row a method; the best of each column is bold.
+def render(methods: Sequence[MethodReport]) -> Iterator[Table | Text]:
+    """A table of what predictions are worth and one of what they cost, and how to read them.
+
+    Each has room in 80 columns.
 
     Args:
-        figures: from a method's name to its part of `results.json`.
+        methods: at least one. The best of each column is bold; of several seeds there are
+            the mean and, below it, the standard deviation.
     """
-    table = Table(
-        # 80 columns hold it.
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        caption_style="dim",
-        caption="NLL in nats. AUROC and FPR95: test images against held-out classes by entropy. "
-        "SWAG, Laplace, VI and dropout start from the plain network, whose training is not "
-        "counted again. Loop: one forward pass a sample instead of a batched one.",
-        caption_justify="left",
-    )
+    found = columns(methods)
+    figures = [column for column in found if column.name not in _COST_NAMES]
+    costs = [column for column in found if column.name in _COST_NAMES]
+    yield _table(methods, figures)
+    yield _table(methods, costs)
+    yield Text(_READING, style="dim")
+
+
+def _table(methods: Sequence[MethodReport], found: list[Column]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("method", no_wrap=True)
-    for _, heading, _, _ in _METRICS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("train", "predict", "loop"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    best = {
-        name: (max if more_is_better else min)(f["metrics"][name] for f in figures.values())
-        for name, _, _, more_is_better in _METRICS
-    }
-    for method, part in figures.items():
-        cells = []
-        for name, _, layout, _ in _METRICS:
-            text = layout.format(part["metrics"][name])
-            # Compared as printed: equal figures are equally good.
-            cells.append(f"[bold]{text}[/]" if text == layout.format(best[name]) else text)
-        seconds = part["seconds"]
-        predict, loop = seconds["predict"], seconds["predict_loop"]
-        table.add_row(
-            method,
-            *cells,
-            f"{seconds['train']:.1f} s",
-            f"{1000 * predict:.0f} ms",
-            f"{1000 * loop:.0f} ms",
-        )
+    for column in found:
+        label = _LABELS.get(column.name, column.metric.label)
+        table.add_column(Text(f"{label}\n{column.unit}"), justify="right", no_wrap=True)
+    for i, method in enumerate(methods):
+        table.add_row(method.label, *(_cell(column.cells[i]) for column in found))
     return table
+
+
+def _cell(cell: Cell) -> Text:
+    text = Text(cell.text, style="bold" if cell.best else "")
+    if cell.spread:
+        text.append(f"\n±{cell.spread}", style="dim")
+    return text

@@ -37,7 +37,12 @@ class Empirical(NamedTuple):
     def variance(self) -> TensorTree:
         """Unbiased variance of the members, a tree like the parameters; 0 for one member."""
         correction = min(1, self.num_members - 1)
-        return trees.tree_map(lambda p: p.var(0, correction=correction), self.params)
+
+        def spread(p: Tensor) -> Tensor:
+            # Of a leaf without entries torch warns that it has no degrees of freedom.
+            return p.var(0, correction=correction) if p.numel() else torch.zeros_like(p[0])
+
+        return trees.tree_map(spread, self.params)
 
     @property
     def draw_size(self) -> int:

@@ -14,6 +14,7 @@ from torch.func import vmap
 
 from funcbayes.core import trees, uses
 from funcbayes.core.batching import map_samples
+from funcbayes.core.data import batch_size
 from funcbayes.core.masks import KeyedDropout
 from funcbayes.core.model import Model
 from funcbayes.core.random import Key
@@ -86,7 +87,8 @@ def _forward(
         with dropout:
             return model.apply(params, inputs, constants)
 
-    if masks.per == "row":
+    # Without rows there is nothing to map over, and the shapes come from the network.
+    if masks.per == "row" or batch_size(x) == 0:
         return run(x)
 
     # One mask for all rows: each row is a batch of one, and all of them meet the same mask.

@@ -37,7 +37,19 @@ CASES = {
     "categorical-positions": (Categorical(), rand(3, 5, 4), randint(4, 3, 5)),
     "categorical-images": (Categorical(class_dim=1), rand(3, 4, 2, 3), randint(4, 3, 2, 3)),
     "categorical-images-back": (Categorical(class_dim=-3), rand(3, 4, 2, 3), randint(4, 3, 2, 3)),
+    "categorical-tempered": (Categorical(temperature=2.5), 4 * rand(5, 4), randint(4, 5)),
+    "categorical-tempered-images": (
+        Categorical(class_dim=1, temperature=torch.tensor(0.4, dtype=F64)),
+        rand(3, 4, 2, 3),
+        randint(4, 3, 2, 3),
+    ),
     "bernoulli": (Bernoulli(), 2 * rand(5), randint(2, 5)),
+    "bernoulli-tempered": (Bernoulli(temperature=0.3), rand(5), randint(2, 5)),
+    "bernoulli-tempered-labels": (
+        Bernoulli(temperature=torch.tensor(3.0, dtype=F64)),
+        4 * rand(5, 3),
+        randint(2, 5, 3),
+    ),
     "bernoulli-column": (Bernoulli(), rand(5, 1), randint(2, 5)),
     "bernoulli-labels": (Bernoulli(), rand(5, 3), randint(2, 5, 3).bool()),
     "gaussian": (Gaussian(noise_std=0.3), rand(5), rand(5, seed=1)),
@@ -63,9 +75,10 @@ forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script:Deprecation
 def reference(likelihood, outputs):
     """The distribution of each target as torch.distributions has it, class axis last."""
     if isinstance(likelihood, Categorical):
-        return TorchCategorical(logits=outputs.movedim(likelihood.class_dim, -1))
+        logits = outputs.movedim(likelihood.class_dim, -1) / likelihood.temperature
+        return TorchCategorical(logits=logits)
     if isinstance(likelihood, Bernoulli):
-        return TorchBernoulli(logits=outputs)
+        return TorchBernoulli(logits=outputs / likelihood.temperature)
     if isinstance(likelihood, Gaussian):
         return Normal(outputs, torch.as_tensor(likelihood.noise_std, dtype=outputs.dtype))
     mean, log_var = outputs.chunk(2, -1)
@@ -455,6 +468,64 @@ def test_noise_std_can_be_learnt_and_mapped_over():
     torch.testing.assert_close(vmap(loss)(grid), torch.stack([loss(s) for s in grid]), **TOL)
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if "tempered" in n])
+def test_temperature_divides_the_logits_in_every_method(name):
+    likelihood, outputs, targets = CASES[name]
+    plain = dataclasses.replace(likelihood, temperature=1)
+    t = likelihood.temperature
+    expected = methods(plain, targets)
+    for method, f in methods(likelihood, targets).items():
+        want = expected[method](outputs / t)
+        # The chain rule: one factor 1/T a derivative, of which a root has one.
+        want = want / t if method == "hessian_root" else want
+        torch.testing.assert_close(f(outputs), want, **TOL)
+    assert torch.equal(likelihood.sample(0, outputs), plain.sample(0, outputs / t))
+
+
+@pytest.mark.parametrize("make", [Categorical, Bernoulli])
+def test_temperature_can_be_learnt_and_mapped_over(make):
+    outputs = rand(6, 3)
+    targets = randint(3, 6) if make is Categorical else randint(2, 6, 3)
+
+    def loss(log_t):
+        return make(temperature=log_t.exp()).nll(outputs, targets).sum()
+
+    log_t, step = torch.tensor(0.3, dtype=F64), 1e-6
+    difference = (loss(log_t + step) - loss(log_t - step)) / (2 * step)
+    torch.testing.assert_close(grad(loss)(log_t), difference, rtol=1e-7, atol=1e-8)
+    grid = torch.stack([log_t, 2 * log_t])
+    torch.testing.assert_close(vmap(loss)(grid), torch.stack([loss(t) for t in grid]), **TOL)
+
+    def root(log_t):
+        return make(temperature=log_t.exp()).hessian_root(outputs)
+
+    torch.testing.assert_close(vmap(root)(grid), torch.stack([root(t) for t in grid]), **TOL)
+
+
+@pytest.mark.parametrize("make", [Categorical, Bernoulli])
+def test_limits_of_the_temperature_are_the_mode_and_the_uniform(make):
+    outputs = torch.tensor([[0.3, -1.2], [2.0, 5.0]])
+    cold, hot = make(temperature=1e-30), make(temperature=1e30)
+    mode = (outputs > 0) if make is Bernoulli else outputs.softmax(-1) > 0.5
+    torch.testing.assert_close(cold.inverse_link(outputs), mode.float())
+    torch.testing.assert_close(hot.inverse_link(outputs), torch.full((2, 2), 0.5))
+    for likelihood in (cold, hot):
+        assert likelihood.hessian_root(outputs).isfinite().all()
+        assert likelihood.entropy(outputs).isfinite().all()
+    assert not cold.entropy(outputs).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_temperature_takes_the_dtype_of_the_outputs(dtype):
+    outputs = rand(4, 3, dtype=dtype)
+    for make in (Categorical, Bernoulli):
+        for t in (2.0, torch.tensor(2.0, dtype=F64), torch.tensor(2.0, dtype=torch.float16)):
+            probs = make(temperature=t).inverse_link(outputs)
+            assert probs.dtype == torch.float32
+            torch.testing.assert_close(probs, make().inverse_link(outputs.float() / 2))
+            assert make(temperature=t).hessian_root(outputs).dtype == dtype
+
+
 def test_check_looks_at_values_only_outside_transforms():
     def loss(f, y):
         Categorical().check(f[None], y[None])
@@ -538,6 +609,16 @@ def test_likelihoods_are_values():
     assert hash(Gaussian(noise_std=std)) == hash(Gaussian(noise_std=std))
     assert Gaussian(noise_std=std) != Gaussian(noise_std=std.clone())
     assert Gaussian(noise_std=std) != Gaussian()
+    for make in (Categorical, Bernoulli):
+        assert make(temperature=1) == make()
+        assert hash(make(temperature=2)) == hash(make(temperature=2.0))
+        assert make(temperature=2.0) != make()
+        t = torch.tensor(2.0)
+        assert make(temperature=t) == make(temperature=t)
+        assert hash(make(temperature=t)) == hash(make(temperature=t))
+        assert make(temperature=t) != make(temperature=t.clone())
+        assert make(temperature=t) != make(temperature=2.0)
+    assert Categorical(class_dim=1) != Categorical()
     with pytest.raises(dataclasses.FrozenInstanceError, match="noise_std"):
         Gaussian().noise_std = 2.0  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -852,4 +933,26 @@ def test_noise_std_must_be_positive(noise_std, error, message):
 )
 def test_class_dim_must_be_an_axis(class_dim, error, message):
     with pytest.raises(error, match=message):
-        construct(Categorical, class_dim=class_dim)
+        construct(Categorical, class_dim=class_dim, temperature=1.0)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("make", [Categorical, Bernoulli])
+@pytest.mark.parametrize(
+    ("temperature", "error", "message"),
+    [
+        (0, ValueError, "`temperature` is 0, expected positive and finite: above 1 it softens"),
+        (-1.5, ValueError, "`temperature` is -1.5, expected positive and finite"),
+        (math.nan, ValueError, "`temperature` is nan, expected positive and finite"),
+        (math.inf, ValueError, "`temperature` is inf, expected positive and finite"),
+        (True, TypeError, "`temperature` is True of type bool, expected a number or a tensor"),
+        ("2", TypeError, "`temperature` is '2' of type str, expected a number or a tensor"),
+        (torch.tensor(-1.0), ValueError, "`temperature` is -1, expected positive .* exponential"),
+        (torch.tensor(math.nan), ValueError, "`temperature` is nan, expected positive and finite"),
+        (torch.tensor(2), ValueError, r"has dtype torch.int64, .*`temperature.float\(\)`"),
+        (torch.ones(3), ValueError, r"`temperature` has shape \(3,\), expected \(\): one number"),
+    ],
+)
+def test_temperature_must_be_positive(make, temperature, error, message):
+    with pytest.raises(error, match=message):
+        construct(make, class_dim=-1, temperature=temperature)

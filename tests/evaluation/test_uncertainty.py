@@ -1,4 +1,4 @@
-"""Uncertainties: hand-derived cases, float64 references, laws, wrong input."""
+"""Uncertainties of classes, scores: hand-derived cases, float64 references, laws, wrong input."""
 
 import math
 from functools import partial
@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import entropy as scipy_entropy
+from torch.func import grad
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from funcbayes.evaluation import uncertainty
 
@@ -107,6 +110,101 @@ def test_small_information_survives_float32():
     assert got == pytest.approx(2 * d * d, rel=0.05)
 
 
+@pytest.mark.parametrize("d", [1e-2, 1e-4, 1e-6])
+def test_float32_information_is_right_to_its_digits_where_samples_nearly_agree(d):
+    gen = torch.Generator().manual_seed(0)
+    shift = torch.randn(8, 50, 4, generator=gen, dtype=torch.float64)
+    logits = torch.randn(50, 4, generator=gen, dtype=torch.float64) + d * shift
+    want = uncertainty.mutual_information(logits, logits=True)
+    # Logits of size 1 to 3 are rounded by 2e-7, which is 2e-7 / d of their differences.
+    got = uncertainty.mutual_information(logits.float(), logits=True).double()
+    torch.testing.assert_close(got, want, rtol=1e-5 + 4e-6 / d, atol=1e-14)
+
+
+@given(probabilities())
+def test_entropies_equal_scipy(case):
+    _, probs = case
+    total, epistemic, aleatoric = uncertainty.decompose(probs)
+    want = torch.as_tensor(scipy_entropy(probs.mean(0).numpy(), axis=-1))
+    torch.testing.assert_close(total, want, rtol=1e-12, atol=1e-14)
+    want = torch.as_tensor(scipy_entropy(probs.numpy(), axis=-1).mean(0))
+    torch.testing.assert_close(aleatoric, want, rtol=1e-12, atol=1e-14)
+    kl = scipy_entropy(probs.numpy(), probs.mean(0, keepdim=True).numpy(), axis=-1)
+    torch.testing.assert_close(epistemic, torch.as_tensor(kl.mean(0)), rtol=1e-12, atol=1e-13)
+
+
+@given(probabilities(), st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+def test_logits_of_half_precision_give_their_uncertainty(case, dtype):
+    logits = case[0].to(dtype)
+    want = uncertainty.decompose(logits.double(), logits=True)
+    got = uncertainty.decompose(logits, logits=True)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float32
+        # A log probability of up to 1e3 is rounded by 1e-7 of its size.
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_extreme_logits_and_zero_probabilities(dtype):
+    largest = torch.finfo(dtype).max
+    rows = [[largest, -largest, 0.0], [0.0, 0.0, -math.inf], [0.0, largest, largest]]
+    logits = torch.tensor([rows, rows[::-1]], dtype=dtype)
+    for samples, are_logits in ((logits, True), (logits.softmax(-1), False)):
+        total, epistemic, aleatoric = uncertainty.decompose(samples, logits=are_logits)
+        # Row 0 meets row 2: one class for certain and two others at even odds.
+        three = 0.5 * math.log(2) + 0.5 * math.log(4)
+        want = torch.tensor([three, LOG2, three], dtype=total.dtype)
+        torch.testing.assert_close(total, want)
+        torch.testing.assert_close(
+            aleatoric, want * torch.tensor([LOG2 / 2 / three, 1, LOG2 / 2 / three]).to(want.dtype)
+        )
+        torch.testing.assert_close(epistemic, total - aleatoric)
+        assert epistemic[1] == 0
+        for f in (
+            uncertainty.predictive_entropy,
+            uncertainty.mutual_information,
+            uncertainty.expected_entropy,
+        ):
+            g = grad(lambda x, f=f, are_logits=are_logits: f(x, logits=are_logits).sum())(samples)
+            assert g.isfinite().all()
+
+
+def test_one_class_leaves_nothing_uncertain():
+    for part in uncertainty.decompose(torch.ones(3, 2, 1)):
+        assert not part.any()
+    for f in (uncertainty.variation_ratio, uncertainty.disagreement):
+        assert not f(torch.ones(3, 2, 1)).any()
+
+
+def test_nan_is_not_taken_for_a_probability():
+    probs = torch.full((2, 2, 3), 1 / 3)
+    probs[0, 1, 2] = math.nan
+    for part in uncertainty.decompose(probs):
+        assert part.isnan().tolist() == [False, True]
+
+
+def test_variation_ratio_is_the_share_outside_the_mode():
+    votes = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 2], [0, 1, 3]])
+    samples = torch.nn.functional.one_hot(votes, 4).double()
+    got = uncertainty.variation_ratio(samples)
+    torch.testing.assert_close(got, double([0.0, 0.5, 0.75]))
+    # Monotone in each sample: probabilities and logits vote alike.
+    assert torch.equal(uncertainty.variation_ratio(100 * samples), got)
+    half = uncertainty.variation_ratio(samples.half())
+    assert half.dtype == torch.float32
+
+
+@given(probabilities())
+def test_variation_ratio_and_disagreement_bound_each_other(case):
+    _, probs = case
+    ratio, differing = uncertainty.variation_ratio(probs), uncertainty.disagreement(probs)
+    num = len(probs)
+    # Of the ordered pairs, those of a sample in the mode with one outside differ, twice over.
+    lower = 2 * ratio * (1 - ratio) * num**2 / max(num * (num - 1), 1)
+    assert (differing >= lower - 1e-12).all()
+    assert ((ratio == 0) == (differing == 0)).all()
+
+
 def test_disagreement_is_the_share_of_pairs():
     votes = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 2], [0, 1, 2]])
     samples = torch.nn.functional.one_hot(votes, 3).double()
@@ -181,6 +279,18 @@ def test_calibration_error_by_hand():
     assert got.item() == pytest.approx(0.5 * 0.15 + 0.5 * 0.45, rel=1e-12)
 
 
+@given(probabilities(), st.integers(1, 20))
+def test_calibration_error_equals_torchmetrics(case, num_bins):
+    _, probs = case
+    # torchmetrics computes in float32, where 1 − 1e-9 would be the edge 1.
+    mean = probs.mean(0).float()
+    targets = torch.arange(len(mean)) % mean.shape[1]
+    got = uncertainty.expected_calibration_error(mean, targets, num_bins=num_bins)
+    if (mean.max(-1).values < 1).all():
+        want = multiclass_calibration_error(mean, targets, mean.shape[1], n_bins=num_bins)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
 def test_a_confidence_on_an_edge_belongs_to_the_bin_above():
     probs = torch.tensor([[0.5, 0.5]])
     bins = uncertainty.reliability_bins(probs, torch.tensor([0]), num_bins=2)
@@ -194,6 +304,7 @@ def test_every_function_passes_through_vmap_and_grad():
         uncertainty.predictive_entropy,
         uncertainty.mutual_information,
         uncertainty.disagreement,
+        uncertainty.variation_ratio,
         uncertainty.ensemble_diversity,
     ):
         looped = torch.stack([f(one) for one in stack])

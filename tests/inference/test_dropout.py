@@ -126,7 +126,7 @@ def test_samples_are_those_of_a_loop_by_hand(kind, per):
         outputs = []
         for row in rows:
             with torch.no_grad(), KeyedDropout([random.fold_in(0, i)], always=True):
-                outputs.append(net(row))
+                outputs.append(net(*networks.arguments(row)))
         expected.append(torch.cat(outputs))
     assert_close(result, torch.stack(expected))
     if kind != "frozen":

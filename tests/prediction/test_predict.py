@@ -15,7 +15,7 @@ from funcbayes.core import trees
 from funcbayes.posteriors import Diagonal, Empirical
 from funcbayes.prediction import forward, planner
 from funcbayes.prediction.predictive import RunningMoments
-from tests import networks
+from funcbayes.testing import networks
 
 
 def diagonal(model: fb.Model, std: float = 0.1) -> Diagonal:

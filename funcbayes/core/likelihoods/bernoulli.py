@@ -18,17 +18,51 @@ from funcbayes.core.likelihoods.common import (
     tensor,
     widen,
 )
+from funcbayes.core.likelihoods.temperature import (
+    checked_temperature,
+    same_temperature,
+    tempered,
+)
 from funcbayes.core.random import KeyLike
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Bernoulli:
-    """A yes-or-no label for each output, from one logit each.
+    """A yes-or-no label for each output, from one logit each: sigmoid(outputs / temperature).
 
     Outputs `[batch, *out]`, targets in {0, 1} of any real dtype with the same shape; a last axis
     of length one may be missing on either side. Each output is a distribution of its own, so
     entropies have the shape of `outputs`.
+
+    Two Bernoullis are equal if their `temperature` is the same number or the same tensor object.
+
+    Attributes:
+        temperature: divides the logits, everywhere; positive and finite: a number, or a tensor
+            with no axes. A tensor may require gradients, and is kept, not copied.
+            `funcbayes.calibration.fit_temperature` fits one. It is not the temperature of a
+            posterior.
+
+    Raises:
+        TypeError: `temperature` is neither a number nor a tensor.
+        ValueError: `temperature` has axes, an integer dtype or a value that is not positive and
+            finite.
     """
+
+    temperature: float | int | Tensor = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks the option."""
+        object.__setattr__(self, "temperature", checked_temperature(self.temperature))
+
+    def __eq__(self, other: object) -> bool:
+        """Same number or same tensor object."""
+        if not isinstance(other, Bernoulli) or type(other) is not type(self):
+            return NotImplemented
+        return same_temperature(self.temperature, other.temperature)
+
+    def __hash__(self) -> int:
+        """By value for a number, by identity for a tensor."""
+        return hash((Bernoulli, self.temperature))
 
     def check(self, outputs: object, targets: object) -> None:
         """Refuses outputs and targets that do not belong together; see `Likelihood.check`.
@@ -67,17 +101,17 @@ class Bernoulli:
             ValueError: the dtype or shape of `targets` does not fit `outputs`.
         """
         targets = self._labels(float_outputs(outputs), targets)
-        logits = widen(outputs)
+        logits = self._logits(outputs)
         # Not F.softplus, which is linear from 20 on: 2e-9 off, and of zero curvature.
         return -sum_datum(F.logsigmoid((2 * targets.to(logits.dtype) - 1) * logits))
 
     def inverse_link(self, outputs: Float[Tensor, "batch *out"]) -> Float[Tensor, "batch *out"]:
-        """Probabilities of 1, sigmoid(outputs).
+        """Probabilities of 1, sigmoid(outputs / temperature).
 
         Args:
             outputs: logits.
         """
-        return widen(outputs).sigmoid()
+        return self._logits(outputs).sigmoid()
 
     def aleatoric(self, outputs: Float[Tensor, "batch *out"]) -> Float[Tensor, "batch *out"]:
         """Variance p(1 - p) of each label.
@@ -85,7 +119,7 @@ class Bernoulli:
         Args:
             outputs: logits.
         """
-        logits = widen(outputs)
+        logits = self._logits(outputs)
         return logits.sigmoid() * (-logits).sigmoid()
 
     def entropy(self, outputs: Float[Tensor, "batch *out"]) -> Float[Tensor, "batch *out"]:
@@ -94,7 +128,7 @@ class Bernoulli:
         Args:
             outputs: logits.
         """
-        logits = widen(outputs)
+        logits = self._logits(outputs)
         lowest = torch.finfo(logits.dtype).min  # a logit of ±inf has p log p = 0, not 0 · -inf
 
         def term(f: Tensor) -> Tensor:
@@ -132,7 +166,7 @@ class Bernoulli:
     def hessian_root(
         self, outputs: Float[Tensor, "batch *out"]
     ) -> Float[Tensor, "columns batch *out"]:
-        """One column √(p(1 - p)) for each output of a datum; exact for any target.
+        """One column √(p(1 - p))/T for each output of a datum, T the temperature; for any target.
 
         Args:
             outputs: logits.
@@ -140,9 +174,13 @@ class Bernoulli:
         Returns:
             `[outputs of a datum, *outputs.shape]`.
         """
-        logits = widen(outputs)
+        logits = self._logits(outputs)
         root = ((F.logsigmoid(logits) + F.logsigmoid(-logits)) / 2).exp()
+        root = tempered(root, self.temperature)
         return diagonal_columns(root).to(outputs.dtype)
+
+    def _logits(self, outputs: Tensor) -> Tensor:
+        return tempered(widen(outputs), self.temperature)
 
     def _labels(self, outputs: Tensor, targets: Tensor) -> Tensor:
         fix = "one 0 or 1 for each logit; use Categorical() where the logits are one per class"

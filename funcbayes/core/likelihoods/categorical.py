@@ -18,29 +18,43 @@ from funcbayes.core.likelihoods.common import (
     tensor,
     widen,
 )
+from funcbayes.core.likelihoods.temperature import (
+    checked_temperature,
+    same_temperature,
+    tempered,
+)
 from funcbayes.core.random import KeyLike
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Categorical:
-    """One of C classes a datum or a position, from C logits.
+    """One of C classes a datum or a position, from C logits: softmax(outputs / temperature).
 
     Outputs `[batch, classes]`, `[batch, positions, classes]`, or with `class_dim=1`
     `[batch, classes, height, width]`. Targets are integer labels in [0, C) with the shape of
     `outputs` without the class axis. Means and variances are those of the one-hot label.
 
+    Two Categoricals are equal if their `class_dim` is, and their `temperature` is the same number
+    or the same tensor object.
+
     Attributes:
         class_dim: the axis of `outputs` that holds the classes; not 0, the batch axis.
+        temperature: divides the logits, everywhere; positive and finite: a number, or a tensor
+            with no axes. A tensor may require gradients, and is kept, not copied.
+            `funcbayes.calibration.fit_temperature` fits one. It is not the temperature of a
+            posterior.
 
     Raises:
-        TypeError: `class_dim` is not an int.
-        ValueError: `class_dim` is 0.
+        TypeError: `class_dim` is not an int, or `temperature` neither a number nor a tensor.
+        ValueError: `class_dim` is 0, or `temperature` has axes, an integer dtype or a value that
+            is not positive and finite.
     """
 
     class_dim: int = -1
+    temperature: float | int | Tensor = 1.0
 
     def __post_init__(self) -> None:
-        """Checks the option."""
+        """Checks the options."""
         if not isinstance(self.class_dim, int) or isinstance(self.class_dim, bool):
             raise TypeError(
                 f"`class_dim` is {describe(self.class_dim)}, expected an int: the axis of "
@@ -51,6 +65,18 @@ class Categorical:
                 "`class_dim` is 0, which is the batch axis of `outputs`, expected another axis: "
                 "-1 for [batch, classes], 1 for [batch, classes, height, width]"
             )
+        object.__setattr__(self, "temperature", checked_temperature(self.temperature))
+
+    def __eq__(self, other: object) -> bool:
+        """Same axis, and same number or same tensor object."""
+        if not isinstance(other, Categorical) or type(other) is not type(self):
+            return NotImplemented
+        same = same_temperature(self.temperature, other.temperature)
+        return same and self.class_dim == other.class_dim
+
+    def __hash__(self) -> int:
+        """By value for numbers, by identity for a tensor."""
+        return hash((Categorical, self.class_dim, self.temperature))
 
     def check(self, outputs: object, targets: object) -> None:
         """Refuses outputs and targets that do not belong together; see `Likelihood.check`.
@@ -83,7 +109,7 @@ class Categorical:
     def nll(
         self, outputs: Float[Tensor, "batch *out"], targets: Shaped[Tensor, "..."]
     ) -> Float[Tensor, " batch"]:
-        """-log softmax(outputs)[targets], summed over a datum's positions.
+        """-log softmax(outputs / temperature)[targets], summed over a datum's positions.
 
         Args:
             outputs: logits.
@@ -100,7 +126,7 @@ class Categorical:
         return -sum_datum(log_probs.gather(axis, targets.unsqueeze(axis)))
 
     def inverse_link(self, outputs: Float[Tensor, "batch *out"]) -> Float[Tensor, "batch *out"]:
-        """Class probabilities softmax(outputs).
+        """Class probabilities softmax(outputs / temperature).
 
         Args:
             outputs: logits.
@@ -156,7 +182,7 @@ class Categorical:
         Returns:
             int64 labels, the shape of `outputs` without the class axis.
         """
-        logits = widen(outputs)
+        logits = tempered(widen(outputs), self.temperature)
         u = random.uniform(key, logits.shape, dtype=logits.dtype, device=logits.device)
         # u = 0 gives -inf, a class not chosen; its mirror image 1 - u would give +inf.
         gumbel = -(-u.log()).log()
@@ -165,11 +191,11 @@ class Categorical:
     def hessian_root(
         self, outputs: Float[Tensor, "batch *out"]
     ) -> Float[Tensor, "columns batch *out"]:
-        """Columns r_c with diag(p) - ppᵀ = Σ_c r_c r_cᵀ at each position; exact for any target.
+        """Columns r_c with (diag(p) - ppᵀ)/T² = Σ_c r_c r_cᵀ at each position; for any target.
 
-        diag(p) - ppᵀ has rank C - 1, so its Cholesky factor needs one column (one backward pass)
-        less than √p_c (e_c - p), half as many for two classes. In log space it does not cancel
-        where p is next to 1.
+        T is the temperature. diag(p) - ppᵀ has rank C - 1, so its Cholesky factor needs one
+        column (one backward pass) less than √p_c (e_c - p), half as many for two classes. In log
+        space it does not cancel where p is next to 1.
 
         Args:
             outputs: logits.
@@ -203,6 +229,7 @@ class Categorical:
         # Above the diagonal the exponent may overflow: masked before exp, or its gradient is NaN.
         root = log_root.masked_fill(i < j, -math.inf).exp()
         root = torch.where(i == j, root, -root).movedim(-1, 0)  # [C - 1, batch, *positions, C]
+        root = tempered(root, self.temperature)
 
         batch, num = len(outputs), math.prod(positions)
         root = root.reshape(classes - 1, batch, num, classes)
@@ -228,7 +255,8 @@ class Categorical:
         return axis
 
     def _log_probs(self, outputs: Tensor) -> Tensor:
-        return F.log_softmax(widen(outputs), self._class_axis(outputs))
+        logits = tempered(widen(outputs), self.temperature)
+        return F.log_softmax(logits, self._class_axis(outputs))
 
     def _labels(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`targets`, once dtype and shape are known to be those of labels for `outputs`."""

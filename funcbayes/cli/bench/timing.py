@@ -3,22 +3,34 @@
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 
 class Spread(NamedTuple):
-    """Median and quartiles of a sample."""
+    """Median and quartiles of a sample.
+
+    Attributes:
+        median: its median.
+        q1: its lower quartile.
+        q3: its upper quartile.
+        rounds: how many there are.
+    """
 
     median: float
     q1: float
     q3: float
     rounds: int
 
+    def as_data(self) -> dict[str, float | int]:
+        """For a JSON file: to four digits."""
+        digits = {name: float(f"{x:.4g}") for name, x in self._asdict().items()}
+        return {**digits, "rounds": self.rounds}
+
 
 def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles of numbers."""
     q1, median, q3 = np.quantile(np.asarray(values), (0.25, 0.5, 0.75)).tolist()
     return Spread(median, q1, q3, len(values))
 
@@ -37,6 +49,7 @@ class Timings(NamedTuple):
     outputs: dict[str, Any]
 
     def of(self, side: str) -> Spread:
+        """Seconds of a side, over the rounds that it took part in."""
         return spread([t for t in self.seconds[side] if t == t])
 
     def ratio(self, side: str, baseline: str) -> Spread:
@@ -115,33 +128,7 @@ def in_turn(
     return Timings(seconds, failures, outputs)
 
 
-def peak_memory(side: Callable[[], object]) -> float | None:
-    """Megabytes that one call needed above what the process held before it.
-
-    Meaningful in a process that does nothing else, since the high-water mark is one of the
-    whole process: what was freed before the call hides as much of the call's own peak.
-    None where the operating system does not tell (it is asked through Linux's /proc).
-    """
-    held = _status_megabytes("VmRSS")
-    if held is None:
-        return None
-    side()
-    # Not `getrusage`'s ru_maxrss: that one survives `exec`, so a child process would
-    # report the peak of the parent that started it.
-    peak = _status_megabytes("VmHWM")
-    return None if peak is None else max(0.0, peak - held)
-
-
-def _status_megabytes(field: str) -> float | None:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    for line in status.read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    return None
-
-
 def one_line(error: Exception) -> str:
+    """What an exception says first."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160] if lines else ''}".removesuffix(": ")

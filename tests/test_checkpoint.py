@@ -70,6 +70,8 @@ def states():
         "mixture": fb.posteriors.mixture([diagonal, fb.swag.posterior(swag)], [1, 2]),
         "dropout": fb.posteriors.DropoutMasks(p, None, "row"),
         "dropout with a rate": fb.posteriors.DropoutMasks(p, 0.25, "batch"),
+        "conformal sets": fb.conformal.SetsState(torch.tensor(0.3, dtype=torch.float64), "aps"),
+        "conformal intervals": fb.conformal.IntervalsState(some((2,)), "absolute"),
         "key": fb.random.split(fb.random.key(2**128 - 1), 3)[2],
         "all in one": {"epoch": 3, "states": [swag, (fb.vi.init(p), None)]},
     }
@@ -316,7 +318,7 @@ def model_of(net):
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in states() if n not in ("key", "ensemble")],
+    [n for n in states() if n not in ("key", "ensemble", "conformal sets", "conformal intervals")],
 )
 def test_a_state_of_this_model_is_taken_and_one_of_another_refused(name, path):
     net = nn.Sequential(OrderedDict(fc=nn.Linear(3, 4)))
@@ -812,7 +814,8 @@ def status(field):
 path, megabytes = sys.argv[1], 2**20 // 4
 fb.save(path, {"a": torch.zeros(10)})
 fb.load(path)  # what is imported late, or allocated once
-leaves = {str(i): torch.ones(25 * megabytes) for i in range(8)}
+# Above 32 MB, glibc gives freed memory back at once.
+leaves = {str(i): torch.ones(50 * megabytes) for i in range(4)}
 leaves["odd"] = torch.ones(50 * megabytes, 2)[:, 0]
 before = status("VmRSS")
 fb.save(path, leaves)
@@ -835,4 +838,4 @@ def test_memory_is_one_leaf_for_saving_and_one_copy_for_loading(path):
     # The leaf that does not lie contiguously has 50 MB. The file has 250: 500 in float64, beside
     # which the last leaves to be converted are there in float32 too.
     assert saving < 50 + 20
-    assert loading < 500 + 50 + 20
+    assert loading < 500 + 100 + 20

@@ -10,7 +10,7 @@ from torch import Tensor
 from funcbayes.core import random, trees
 from funcbayes.core.random import KeyLike
 from funcbayes.core.trees import TensorTree
-from funcbayes.posteriors.base import Draws, check_num_samples, noise_rows
+from funcbayes.posteriors.base import Draws, check_num_samples, noise_format, noise_rows
 from funcbayes.posteriors.diagonal import shift_scale
 
 
@@ -65,18 +65,22 @@ class LowRank(NamedTuple):
         return Draws(trees.tree_map(add_low_rank, samples, self.factor), None, None)
 
     def log_prob(self, params: TensorTree) -> Float[Tensor, ""]:
-        """The log density at `params`, in nats, by Woodbury's identity.
+        """The log density at `params`, in nats, by Woodbury's identity, in float64.
+
+        There is none where `std` is 0: it is NaN then.
 
         Raises:
             ValueError: `params` is not a tree like `mean`.
         """
         trees.check_like(params, self.mean, name="params")
-        std = trees.ravel(self.std)
-        whitened = (trees.ravel(params) - trees.ravel(self.mean)) / std
-        factor = trees.ravel(self.factor, batch_dims=1) / std
+        # In float64: Woodbury's difference cancels where the factor outweighs the diagonal.
+        mean, std, x = (trees.ravel(tree).double() for tree in (self.mean, self.std, params))
+        whitened = (x - mean) / std
+        factor = trees.ravel(self.factor, batch_dims=1).double() / std
         inner = torch.eye(self.rank, dtype=factor.dtype, device=factor.device) + factor @ factor.T
         root = torch.linalg.cholesky(inner)
         inside = torch.linalg.solve_triangular(root, (factor @ whitened)[:, None], upper=False)
         squared = whitened.square().sum() - inside.square().sum()
         log_det = 2 * std.log().sum() + 2 * root.diagonal().log().sum()
-        return -0.5 * (squared + log_det + std.numel() * math.log(2 * math.pi))
+        density = -0.5 * (squared + log_det + std.numel() * math.log(2 * math.pi))
+        return density.to(noise_format(self.mean)[0])

@@ -68,7 +68,17 @@ class Mixture(NamedTuple):
         return Draws(_concatenate(params), joined, None)
 
     def log_prob(self, params: TensorTree) -> Float[Tensor, ""]:
-        """The log density at `params`, in nats, where every component has one."""
+        """The log density at `params`, in nats.
+
+        Raises:
+            TypeError: a component has none, such as an `Empirical`.
+        """
+        for i, component in enumerate(self.components):
+            if not hasattr(component, "log_prob"):
+                raise TypeError(
+                    f"`components[{i}]` is a {type(component).__name__}, which has no density, so"
+                    " the mixture has none"
+                )
         each = torch.stack([c.log_prob(params) for c in self.components])
         return torch.logsumexp(each + self.weights.log().to(each), dim=0)
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
+import funcbayes as fb
 from funcbayes.core import random, trees
 from funcbayes.posteriors import Diagonal, LowRank
 
@@ -252,3 +253,26 @@ def test_samples_on_cuda(kind):
     assert all(leaf.is_cuda for leaf in trees.leaves(drawn))
     assert_close(posterior.draw(random.key(0), 2, 4).params, trees.tree_map(lambda x: x[2:], drawn))
     assert posterior.log_prob(posterior.mean).is_cuda
+
+
+def test_low_rank_density_where_the_factor_outweighs_the_diagonal():
+    wide = fb.posteriors.LowRank(
+        mean=torch.zeros(6),
+        std=torch.full((6,), 1e-3),
+        factor=fb.random.normal(0, (3, 6)),
+    )
+    x = wide.sample(1, 1)[0]
+    factor = wide.factor.double()
+    covariance = 1e-6 * torch.eye(6, dtype=torch.float64) + factor.T @ factor
+    exact = torch.distributions.MultivariateNormal(torch.zeros(6).double(), covariance)
+    # std is 1e-3 rounded to float32, which moves a density of order ten by 1e-7 of it.
+    torch.testing.assert_close(
+        wide.log_prob(x).double(), exact.log_prob(x.double()), rtol=1e-6, atol=1e-5
+    )
+
+
+def test_a_mixture_with_a_component_without_a_density():
+    members = fb.posteriors.Empirical({"w": torch.zeros(2, 3)}, {})
+    mixture = fb.posteriors.mixture([members])
+    with pytest.raises(TypeError, match=r"`components\[0\]` is a Empirical, which has no density"):
+        mixture.log_prob({"w": torch.zeros(3)})

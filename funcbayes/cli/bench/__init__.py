@@ -28,7 +28,7 @@ Times prediction with a SWAG posterior and with dropout, the diagonal Fisher and
 training step on three small networks, each beside the plain Python loop that does the same: one
 forward pass a sample, one gradient a datum, one step a member.
 
-Figures are medians over rounds [with quartiles below]: milliseconds for the plain loop, and for
+Figures are medians over rounds, with quartiles below: milliseconds for the plain loop, and for
 funcbayes how many times faster it is. Below 1 it is slower, and marked so. Let nothing else run
 meanwhile.
 """

@@ -154,8 +154,10 @@ def _evaluate_all(
                 with _one_thread():
                     fitted = methods.fit(name, task._replace(key=fit_key, begin=begin, tick=tick))
                 seconds = time.perf_counter() - start
+                # A candidate that diverged has left steps out.
+                steps = progress.tasks[bar].total or 1
+                progress.update(bar, total=steps, completed=steps)
                 add(name, evaluate(fitted, task.data, predict_key, train_seconds=seconds))
-                progress.stop_task(bar)
                 if name == "plain":
                     # The others take over what was chosen for it.
                     task = task._replace(
@@ -246,7 +248,8 @@ def _device(name: str) -> torch.device:
 
 def _check_memory(configuration: Configuration, data: Splits) -> None:
     """Refuses more samples than can be kept, where a method keeps them all."""
-    net = networks.make(data)
+    with torch.random.fork_rng(devices=[]):
+        net = networks.make(data)
     # SWAG keeps its samples where each gets batch-norm statistics of its own.
     if "swag" not in configuration.methods or not list(net.buffers()):
         return
@@ -274,9 +277,8 @@ def _introduce(console: Console, configuration: Configuration, data: Splits) -> 
     kind = "rows" if data.features else "images"
     held_out = ""
     if data.ood is not None:
-        known = set(data.classes)
-        names = [c for c in configuration.ood_classes or () if c not in known]
-        held_out = f"; held out: {rows['held out']}" + (f" ({', '.join(names)})" if names else "")
+        names = ", ".join(configuration.ood_classes or ())
+        held_out = f"; held out: {rows['held out']}" + (f" of {names}" if names else "")
     console.print(
         Text.assemble(
             (data.name, "bold"),

@@ -13,20 +13,30 @@ from funcbayes.cli import main
     [
         (["--data", "digit"], "there is no data set 'digit': did you mean 'digits'?"),
         (["--data", "mnist"], "there is no data set 'mnist': choose from digits"),
+        (["--data", "gone.csv"], "gone.csv"),
         (["--method", "swagg"], "there is no method 'swagg': did you mean 'swag'?"),
         (["--method", "x"], "there is no method 'x': choose from swag, laplace, vi, dropout, ens"),
+        (["--task", "classify"], "--task: there is no task 'classify': did you mean 'classifica"),
         (["--samples", "0"], "--samples: it is '0', expected an integer of at least 1"),
         (["--samples", "many"], "--samples: it is 'many', expected an integer of at least 1"),
         (["--epochs", "-3"], "--epochs: it is '-3', expected an integer of at least 1"),
+        (["--seeds", "0"], "--seeds: it is '0', expected an integer of at least 1"),
         (["--seed", "-1"], "--seed: it is '-1', expected an integer of at least 0"),
         (["--seed", "1.5"], "--seed: it is '1.5', expected an integer of at least 0"),
+        (["--device", "gpu"], "--device: it is 'gpu', expected auto, cpu, cuda or cuda:N"),
+        (["--device", "cuda:x"], "--device: it is 'cuda:x', expected auto, cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "--device: it is 'cuda:99', but there "),
+        (["--config", "gone.toml"], "--config: 'gone.toml' cannot be read"),
+        (["--target", "price"], "--target: it is for files"),
         (["--ood-classes", "12"], "class 12 is not in the data, whose classes are 0, 1, 2, 3"),
+        (["--data", "gap", "--ood-classes", "1"], "the target is a number and has no classes"),
         (
             ["--ood-classes", *"123456789"],
             "9 of 10 classes are held out, expected at most 8: at least two must stay",
         ),
         (["--ood-classes"], "--ood-classes: expected at least one argument"),
         (["--sample", "3"], "unrecognized arguments: --sample 3"),
+        (["--samples", "1000000000"], "SWAG would keep as many networks"),
     ],
 )
 def test_a_wrong_argument_is_one_sentence(arguments, message, tmp_path, capsys):
@@ -72,8 +82,24 @@ def test_help_teaches(capsys):
     assert "compare" in capsys.readouterr().out
     assert main(["compare", "--help"]) == 0
     text = capsys.readouterr().out
-    for word in ("examples:", "results.json", "--ood-classes", "AUROC", "default: 30"):
+    for word in ("examples:", "results.json", "--ood-classes", "AUROC", "default: 30", "gap"):
         assert word in text
+    assert main(["bench", "--help"]) == 0
+    assert "--quick" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["compare", "--help"]])
+def test_help_fits_80_columns(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(words) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_bench_gets_its_arguments(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr("funcbayes.cli.bench.run", lambda **arguments: seen.update(arguments) or 1)
+    assert main(["bench", "--quick", "--output", str(tmp_path)]) == 1
+    assert seen == {"quick": True, "device": "auto", "output": tmp_path}
 
 
 def test_an_unknown_command_is_one_sentence(capsys):

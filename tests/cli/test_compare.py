@@ -1,86 +1,204 @@
-"""`funcbayes compare` in small: files, schema, reproducibility, interrupts."""
+"""`funcbayes compare` in small: files, schema, reproducibility, interrupts, quality."""
 
+import io
 import json
 import math
+import tomllib
 
 import pytest
 import torch
+from rich.console import Console
 
-from funcbayes.cli import commands, data, main, methods
-from funcbayes.cli.data import ShuffledBatches, digits
+from funcbayes.cli import (
+    choose,
+    commands,
+    compare,
+    config,
+    data,
+    main,
+    methods,
+    networks,
+    table,
+)
+from funcbayes.cli.evaluate import peak_memory
+from funcbayes.core.likelihoods import Gaussian
+from funcbayes.evaluation.report import METRICS, MethodReport, Prediction
+from funcbayes.posteriors import Empirical
 
-METRICS = {"accuracy", "nll", "brier", "ece", "auroc", "fpr95"}
-SMALL = ["compare", "--epochs", "2", "--samples", "2"]
+CLASSIFICATION = {"accuracy", "nll", "brier", "ece", "aurc"}
+DETECTION = {"auroc", "aupr", "fpr95"}
+REGRESSION = {"rmse", "nll", "crps", "coverage", "width", "interval_score"}
+SMALL = ["compare", "--epochs", "2", "--samples", "2", "--device", "cpu"]
 
 
 def figures(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def without_times(report):
-    for part in report["methods"].values():
-        del part["seconds"]
-    return report
+def found(report):
+    """What must be the same when a run is repeated."""
+    return {
+        name: (part["metrics"], part["metrics_of_mutual_information"], part["choices"])
+        for name, part in report["methods"].items()
+    }
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No pictures, and no timing."""
+    monkeypatch.setattr("funcbayes.cli.outputs.write_report", lambda *_: [])
+    monkeypatch.setattr("funcbayes.cli.evaluate._seconds", lambda *_: 0.1)
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory):
+def digits_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "new" / "folder"
     arguments = ["--method", "dropout", "--method", "laplace", "--output", str(folder)]
     assert main(SMALL + arguments) == 0
     return folder
 
 
-def test_files_and_schema(small_run):
-    assert sorted(path.name for path in small_run.iterdir()) == [
+@pytest.fixture(scope="module")
+def gap_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gap")
+    arguments = ["--data", "gap", "--seeds", "2", "--seed", "3", "--output", str(folder)]
+    assert main(SMALL + arguments) == 0
+    return folder
+
+
+def check_methods(report, names, metrics, *, seeds):
+    assert list(report["methods"]) == names
+    for part in report["methods"].values():
+        assert set(part["metrics"]) == metrics
+        assert set(part["seconds"]) == {"train", "predict", "predict_loop"}
+        for figure in (*part["metrics"].values(), *part["seconds"].values(), part["memory"]):
+            values = figure["values"]
+            assert len(values) == seeds
+            assert all(math.isfinite(value) for value in values)
+            assert figure["mean"] == pytest.approx(sum(values) / seeds)
+            assert (figure["std"] is None) == (seeds == 1)
+        assert part["memory"]["mean"] > 0
+        assert len(part["choices"]) == seeds
+
+
+def test_files_and_schema_of_a_classification(digits_run):
+    assert sorted(path.name for path in digits_run.iterdir()) == [
+        "config.toml",
         "ood.png",
         "reliability.png",
+        "report.html",
         "results.json",
     ]
-    report = figures(small_run)
-    assert set(report) == {"configuration", "data", "versions", "machine", "methods"}
+    report = figures(digits_run)
     assert report["configuration"] == {
         "data": "digits",
+        "target": None,
+        "task": None,
         "methods": ["laplace", "dropout"],
         "samples": 2,
-        "seed": 0,
         "epochs": 2,
-        "ood_classes": [8, 9],
+        "seed": 0,
+        "seeds": 1,
+        "ood_classes": None,
+        "device": "cpu",
     }
-    assert report["data"]["classes"] == list(range(8))
-    parts = ("train", "validation", "test", "out_of_distribution")
-    assert sum(report["data"][part] for part in parts) == 1797
+    assert report["complete"] is True
+    assert report["seeds"] == [0]
+    assert report["task"] == "classification"
+    assert report["data"]["classes"] == list("01234567")
+    assert sum(report["data"]["rows"].values()) == 1797
     assert report["versions"]["torch"] == torch.__version__
-    assert list(report["methods"]) == ["plain", "laplace", "dropout"]
+    assert report["machine"]["device"].startswith("cpu")
+    check_methods(report, ["plain", "laplace", "dropout"], CLASSIFICATION | DETECTION, seeds=1)
     for name, part in report["methods"].items():
-        assert set(part["metrics"]) == METRICS
-        assert all(math.isfinite(value) for value in part["metrics"].values())
-        assert set(part["seconds"]) == {"train", "predict", "predict_loop"}
-        assert (part["metrics_of_mutual_information"] is None) == (name == "plain")
-    assert "prior_precision" in report["methods"]["laplace"]["choices"]
+        wanted = set() if name == "plain" else DETECTION
+        assert set(part["metrics_of_mutual_information"]) == wanted
+    assert "prior_precision" in report["methods"]["laplace"]["choices"][0]
 
 
-def test_the_same_seed_gives_the_same_figures_and_another_does_not(small_run, tmp_path):
-    # One method less: the others do not depend on which are there.
-    again = [*SMALL, "--method", "dropout", "--output", str(tmp_path)]
+def test_files_and_schema_of_a_regression_with_every_method(gap_run):
+    assert sorted(path.name for path in gap_run.iterdir()) == [
+        "config.toml",
+        "intervals.png",
+        "predictions.png",
+        "report.html",
+        "results.json",
+        "uncertainty.png",
+    ]
+    report = figures(gap_run)
+    assert report["task"] == "regression"
+    assert report["seeds"] == [3, 4]
+    check_methods(report, list(methods.METHODS), REGRESSION, seeds=2)
+    for part in report["methods"].values():
+        assert all(choice["noise_std"] > 0 for choice in part["choices"])
+
+
+def test_a_seed_gives_the_same_figures_whatever_else_is_run(gap_run, quick, tmp_path):
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    assert main(again) == 0
+    # Two methods and the second seed alone.
+    some = ["--data", "gap", "--seed", "4", "--method", "swag", "--method", "ensemble"]
+    assert main([*SMALL, *some, "--output", str(tmp_path)]) == 0
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
-    want, got = without_times(figures(small_run)), without_times(figures(tmp_path))
-    for name in ("plain", "dropout"):
-        assert got["methods"][name] == want["methods"][name]
-    assert main([*again, "--seed", "1"]) == 0
-    other = without_times(figures(tmp_path))
-    assert other["methods"]["plain"]["metrics"] != want["methods"]["plain"]["metrics"]
+    both, alone = figures(gap_run)["methods"], figures(tmp_path)["methods"]
+    for name in ("plain", "swag", "ensemble"):
+        assert alone[name]["choices"] == both[name]["choices"][1:]
+        for metric, figure in alone[name]["metrics"].items():
+            assert figure["values"] == both[name]["metrics"][metric]["values"][1:]
+    nll = both["plain"]["metrics"]["nll"]["values"]
+    assert nll[0] != nll[1]
 
 
-def test_the_table_is_printed(capsys, tmp_path):
-    assert main([*SMALL, "--method", "dropout", "--output", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    for word in ("plain", "dropout", "NLL", "AUROC", "results.json"):
+def test_the_written_configuration_makes_the_same_figures(digits_run, quick, tmp_path):
+    path = digits_run / "config.toml"
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path)]) == 0
+    assert found(figures(tmp_path)) == found(figures(digits_run))
+    assert tomllib.loads(path.read_text())["epochs"] == 2
+
+
+def test_a_file_of_ones_own_and_its_notes(quick, capsys, tmp_path):
+    rows = [f"{i},{i % 7},{2 * i + 1}\n" for i in range(40)]
+    (tmp_path / "my data.csv").write_text("a,b,price\n" + "".join(rows))
+    options = ["--data", str(tmp_path / "my data.csv"), "--target", "price", "--method", "dropout"]
+    assert main([*SMALL, *options, "--output", str(tmp_path / "out")]) == 0
+    report = figures(tmp_path / "out")
+    assert report["task"] == "regression"
+    assert report["data"]["features"] == ["a", "b"]
+    assert f"--data '{tmp_path}/my data.csv' --target price" in report["command"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(note in printed for note in report["data"]["notes"])
+
+
+@pytest.mark.parametrize("names", [CLASSIFICATION | DETECTION, REGRESSION])
+def test_the_tables_fit_80_columns(names):
+    costs = {"train": [123.4, 99.9], "predict": [0.01, 0.02], "predict_loop": [1.5, 2.5]}
+
+    def report(label, value):
+        found = {name: [value, value / 2] for name in METRICS if name in names}
+        prediction = Prediction(*[torch.zeros(1)] * 4, None, None)
+        return MethodReport(label, label, found, costs, [1e6, 2e6], [{}, {}], prediction)
+
+    console = Console(width=80, record=True, file=io.StringIO())
+    for part in table.render([report("ensemble", 0.9), report("plain", 0.7)]):
+        console.print(part)
+    printed = console.export_text()
+    for word in ("plain", "ensemble", "NLL", "memory", "±", "loop"):
         assert word in printed
     assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_what_is_done_is_printed(quick, capsys, tmp_path):
+    options = ["--data", "two-moons", "--method", "dropout", "--output", str(tmp_path)]
+    assert main(SMALL + options) == 0
+    printed = capsys.readouterr().out
+    for word in (
+        "two-moons, classification: 100 rows train",
+        "dropout",
+        "accuracy",
+        "results.json",
+    ):
+        assert word in printed
 
 
 def test_ctrl_c_leaves_what_is_finished(monkeypatch, capsys, tmp_path):
@@ -89,11 +207,37 @@ def test_ctrl_c_leaves_what_is_finished(monkeypatch, capsys, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(methods.METHODS, "dropout", interrupt)
-    arguments = ["--method", "laplace", "--method", "dropout", "--output", str(tmp_path)]
-    assert main(SMALL + arguments) == 130
-    assert list(figures(tmp_path)["methods"]) == ["plain", "laplace"]
-    assert (tmp_path / "reliability.png").exists()
+    arguments = ["--data", "two-moons", "--method", "laplace", "--method", "dropout"]
+    assert main([*SMALL, *arguments, "--output", str(tmp_path)]) == 130
+    report = figures(tmp_path)
+    assert list(report["methods"]) == ["plain", "laplace"]
+    assert report["complete"] is False
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.toml",
+        "reliability.png",
+        "report.html",
+        "results.json",
+        "uncertainty.png",
+    ]
     assert "finished 2 of 3 methods" in capsys.readouterr().out
+
+
+def test_ctrl_c_in_the_second_seed(monkeypatch, quick, capsys, tmp_path):
+    fit, calls = methods.METHODS["plain"], []
+
+    def once(task):
+        calls.append(task)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return fit(task)
+
+    monkeypatch.setitem(methods.METHODS, "plain", once)
+    arguments = ["--data", "gap", "--seeds", "3", "--method", "dropout", "--output", str(tmp_path)]
+    assert main(SMALL + arguments) == 130
+    report = figures(tmp_path)
+    assert report["seeds"] == [0, 1, 2]
+    assert [len(part["choices"]) for part in report["methods"].values()] == [1, 1]
+    assert "finished 2 of 6 methods" in " ".join(capsys.readouterr().out.split())
 
 
 def test_ctrl_c_before_the_first_method(monkeypatch, tmp_path):
@@ -102,50 +246,201 @@ def test_ctrl_c_before_the_first_method(monkeypatch, tmp_path):
 
     monkeypatch.setitem(methods.METHODS, "plain", interrupt)
     assert main([*SMALL, "--output", str(tmp_path)]) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+
+OUT_OF_MEMORY = [
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes."),
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory."),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        *((error, "memory ran out with --samples 2 on cpu: pass fewer") for error in OUT_OF_MEMORY),
+        (
+            ValueError("the loss is nan at step 3 (epoch 0), expected finite numbers."),
+            "training diverged for method dropout, the loss is nan at step 3 (epoch 0): look for",
+        ),
+    ],
+)
+def test_an_error_half_way_leaves_what_is_finished(
+    error, message, monkeypatch, quick, capsys, tmp_path
+):
+    def fail(task):
+        raise error
+
+    monkeypatch.setitem(methods.METHODS, "dropout", fail)
+    arguments = ["--data", "gap", "--method", "dropout", "--output", str(tmp_path)]
+    assert main(SMALL + arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert message in last
+    assert last.startswith("funcbayes compare: error: ")
+    assert list(figures(tmp_path)["methods"]) == ["plain"]
+
+
+def test_an_error_of_another_kind_is_not_hidden(monkeypatch, quick, tmp_path):
+    def fail(task):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setitem(methods.METHODS, "dropout", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main([*SMALL, "--data", "gap", "--method", "dropout", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["plain", "swag", "vi", "ensemble"])
+def test_diverging_training_is_one_sentence(name, monkeypatch, quick, capsys, tmp_path):
+    class Exploding(networks.SmallMLP):
+        def forward(self, rows):
+            # Sound in evaluation mode, so that the plain network can be made to pass.
+            return super().forward(rows) * (math.nan if self.training or name == "vi" else 1)
+
+    if name == "plain":
+        monkeypatch.setattr(networks, "SmallMLP", Exploding)
+    else:
+        fit = methods.METHODS[name]
+
+        def with_exploding(task):
+            def make_net():
+                net = Exploding(1, None)
+                net.load_state_dict(task.net.state_dict())
+                return net
+
+            return fit(task._replace(make_net=make_net, net=make_net()))
+
+        monkeypatch.setitem(methods.METHODS, name, with_exploding)
+    arguments = ["--data", "gap", "--output", str(tmp_path)]
+    arguments += [] if name == "plain" else ["--method", name]
+    assert main(SMALL + arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"training diverged for method {name}" in error
+    assert "standardise them, or lower --epochs" in error
+
+
+def test_swag_leaves_out_a_learning_rate_that_diverges(monkeypatch, quick, tmp_path):
+    train = methods._train
+
+    def diverging(task, net, optimizer, *rest):
+        if optimizer.param_groups[0]["lr"] == 0.1:
+            raise methods.DivergedError("the loss is nan in epoch 1")
+        train(task, net, optimizer, *rest)
+
+    monkeypatch.setattr(methods, "_train", diverging)
+    arguments = ["--data", "gap", "--method", "swag", "--output", str(tmp_path)]
+    assert main(SMALL + arguments) == 0
+    (choices,) = figures(tmp_path)["methods"]["swag"]["choices"]
+    assert list(choices["validation_nll"]) == ["0.01", "0.03"]
+
+
+def test_outputs_that_do_not_fit_the_likelihood(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(networks, "make", lambda splits: networks.SmallMLP(1, 3))
+    assert main([*SMALL, "--data", "gap", "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the data do not fit regression: `targets` has shape (2,)" in error
+    assert error.endswith("choose the other kind by --task")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_part(monkeypatch, capsys, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    assert main([*SMALL, "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "config.toml' cannot be written (No space left on device): make room" in error
     assert not list(tmp_path.iterdir())
 
 
-def test_splits_are_disjoint_and_stratified():
-    data = digits(ood_classes=(3,), key=0)
-    assert data.classes == (0, 1, 2, 4, 5, 6, 7, 8, 9)
-    parts = (data.train, data.validation, data.test)
-    images = torch.cat([*(part.images for part in parts), data.ood])
-    # The data set holds no image twice, so every one is in exactly one part.
-    assert len(images) == len(images.flatten(1).unique(dim=0)) == 1797
-    assert images.min() == 0
-    assert images.max() == 1
-    for part in parts:
-        counts = part.targets.bincount(minlength=9)
-        assert counts.min() > 0.8 * counts.max()
+def test_peak_memory_counts_what_lives_at_once():
+    cpu, x = torch.device("cpu"), torch.ones(1000)
+
+    def three_but_two_at_once():
+        a = x + 1
+        b = a + 1
+        del a
+        # A view keeps its storage, and is no tensor of its own.
+        c = b.view(10, 100)[0]
+        del b
+        return (x * c.sum()).sum()
+
+    assert peak_memory(three_but_two_at_once, cpu) in range(8000, 8020)
+    assert peak_memory(lambda: x.view(10, 100), cpu) == 0
+    batched = torch.vmap(lambda s: x * s)
+    assert peak_memory(lambda: batched(torch.ones(3)), cpu) in range(12000, 12030)
 
 
-def test_batches_are_reshuffled_each_epoch_and_whole():
-    data = digits(ood_classes=(8, 9), key=0).train
-    batches = ShuffledBatches(data, batch_size=32, key=1)
-    first, second = ([images for images, _ in batches] for _ in range(2))
-    assert len(first) == len(batches) == len(data.targets) // 32
-    assert all(len(images) == 32 for images in first)
-    assert not torch.equal(first[0], second[0])
-    again = [images for images, _ in ShuffledBatches(data, batch_size=32, key=1)]
-    assert torch.equal(torch.cat(again), torch.cat(first))
+def test_noise_is_that_under_which_validation_targets_are_most_likely():
+    splits = data.load("gap", key=0)
+    torch.manual_seed(0)
+    net = networks.make(splits).eval()
+    model = methods.Model.from_module(net)
+    posterior = Empirical({k: p.unsqueeze(0) for k, p in model.params.items()}, {})
+    fitted = choose.Fitted(model, posterior, None, Gaussian(noise_std=1.0), {})
+    with torch.no_grad():
+        error = splits.validation.targets - net(splits.validation.inputs)
+    # One network has no spread of its own: the noise is the root mean squared error.
+    want = error.square().mean().sqrt().item()
+    noisy = choose.with_noise(fitted, splits, key=methods.random.key(0))
+    assert noisy.likelihood.noise_std == pytest.approx(want, rel=1e-4)
+    assert noisy.choices["noise_std"] == pytest.approx(want * splits.target_std, rel=1e-4)
+
+
+def test_of_equally_good_candidates_the_least_sure_is_chosen():
+    splits = data.load("gap", key=0)
+    torch.manual_seed(0)
+    model = methods.Model.from_module(networks.make(splits).eval())
+
+    def around(std):
+        noise = {k: std * torch.randn(4, *p.shape) for k, p in model.params.items()}
+        members = {k: p + noise[k] for k, p in model.params.items()}
+        return choose.Fitted(model, Empirical(members, {}), None, Gaussian(noise_std=1.0), {})
+
+    candidates = {std: around(std) for std in (0.0, 1e-3, 3.0)}
+
+    def pick(tolerance):
+        key = methods.random.key(0)
+        return choose.best("std", candidates, splits, key=key, tolerance=tolerance).choices
+
+    assert pick(1e9)["std"] == 3.0
+    nlls = pick(0.0)["validation_nll"]
+    assert f"{pick(0.0)['std']:.4g}" == min(nlls, key=nlls.get)
+    assert pick(3.0)["std"] in (0.0, 1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (1, 28, 28), (2, 3, 3), (1, 1, 9)])
+def test_the_network_for_images_takes_any_size(shape):
+    net = networks.SmallConvNet(shape, 4).eval()
+    assert net(torch.zeros(2, *shape)).shape == (2, 4)
+    assert networks.SmallConvNet(shape, None).eval()(torch.zeros(2, *shape)).shape == (2,)
 
 
 @pytest.mark.slow
-def test_every_method_matches_or_beats_the_plain_network(tmp_path):
+@pytest.mark.parametrize("name", commands.DATA_NAMES)
+def test_every_method_matches_or_beats_the_plain_network(name, quick, tmp_path):
     # Four seeds: on one, a single misread digit moves the NLL by as much as a method does.
-    ratios = {name: [] for name in methods.METHODS}
-    for seed in range(4):
-        assert main(["compare", "--seed", str(seed), "--output", str(tmp_path)]) == 0
-        parts = figures(tmp_path)["methods"]
-        for name, part in parts.items():
-            ratios[name].append(part["metrics"]["nll"] / parts["plain"]["metrics"]["nll"])
-            assert part["metrics"]["accuracy"] > 0.95
-            assert part["metrics"]["auroc"] > 0.85
-    for name, values in ratios.items():
-        # Geometric mean. The plain network's own is 1.
-        assert math.exp(sum(map(math.log, values)) / len(values)) <= 1, (name, values)
+    # None of them was looked at when the recipes were made, but for digits.
+    first = "0" if name == "digits" else "10"
+    arguments = ["--data", name, "--seed", first, "--seeds", "4", "--output", str(tmp_path)]
+    assert main(["compare", *arguments]) == 0
+    parts = figures(tmp_path)["methods"]
+    plain = parts["plain"]["metrics"]["nll"]["values"]
+    for method, part in parts.items():
+        excess = [a - b for a, b in zip(part["metrics"]["nll"]["values"], plain, strict=True)]
+        if name == "digits":
+            # Geometric mean of the ratios. The plain network's own is 1.
+            ratios = [e / b + 1 for e, b in zip(excess, plain, strict=True)]
+            assert math.prod(ratios) <= 1, (method, ratios)
+            assert min(part["metrics"]["accuracy"]["values"]) > 0.95
+            assert min(part["metrics"]["auroc"]["values"]) > 0.85
+            continue
+        # On small tables the plain network is hard to beat, and one choice by 100 validation
+        # rows costs some 0.01 nats by chance: that is what half a standard error is there.
+        assert sum(excess) / len(excess) < 0.03, (method, excess)
 
 
 def test_the_command_line_names_every_method_and_data_set():
-    assert ("plain", *commands.METHOD_NAMES) == tuple(methods.METHODS)
+    assert ("plain", *config.METHOD_NAMES) == tuple(methods.METHODS) == tuple(compare._LABELS)
     assert tuple(data.DATA) == commands.DATA_NAMES

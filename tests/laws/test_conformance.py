@@ -2,8 +2,9 @@
 
 Rows are the methods of `tests/methods.py`, columns the functions below, each of a cell alone:
 a method joins by a row there, a law by a column here. `test_cell` tries a third of the cells, each
-once, with small choices that differ from cell to cell; `test_column_under_any_choices` (slow) draws
-networks, keys, sizes and, for the posterior families, the posteriors themselves.
+once, with small choices that differ from cell to cell; `test_law_under_any_choices` and
+`test_column_under_any_choices` (slow) draw kinds, keys, sizes and, for the posterior families,
+networks and posteriors.
 
 What a cell answers where something is not supported stands in `REFUSED`, and is tested to be
 that error; what makes no sense is left out by `Column.leaves_out`, which says why. Law 4
@@ -452,6 +453,11 @@ COLUMNS: dict[str, Column] = {
     ),
 }
 
+# Those that call a law of `funcbayes.testing`.
+LAWS = (
+    "pure_fit", "pure_predict", "keys", "chunks", "loop", "stacked", "shards", "checkpoint",
+    "stated_moments", "density",
+)  # fmt: skip
 ANY = "*"
 # (column, row, kind): the error that is the documented answer there.
 REFUSED: dict[tuple[str, str, str], tuple[type[Exception], str]] = {
@@ -569,17 +575,27 @@ def any_cell(draw, column, name):
     return cell_of(column, name, kind, choices, (net, model, posterior))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("column", "name"),
-    [
+def drawn(*, law: bool) -> list[Any]:
+    """The columns that are laws of `funcbayes.testing`, or the others, with every row."""
+    return [
         pytest.param(column, name, id=f"{column}-{name}")
         for column in COLUMNS
-        for name in METHODS
-        if COLUMNS[column].kinds(METHODS[name], fast=False)
-    ],
-)
+        for name, row in METHODS.items()
+        if (column in LAWS) is law and COLUMNS[column].kinds(row, fast=False)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("column", "name"), drawn(law=True))
 @settings(max_examples=max(200, settings().max_examples * 2 // 3))
+@given(data=st.data())
+def test_law_under_any_choices(column, name, data):
+    try_cell(column, data.draw(any_cell(column, name)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("column", "name"), drawn(law=False))
+@settings(max_examples=max(60, settings().max_examples // 5))
 @given(data=st.data())
 def test_column_under_any_choices(column, name, data):
     try_cell(column, data.draw(any_cell(column, name)))

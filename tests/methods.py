@@ -114,12 +114,15 @@ def vi(model: Model, data: Any, key: int) -> Any:
     return fb.vi.fit(model, data, key=key, likelihood=Categorical(), num_epochs=1)
 
 
+NO_STATE = "masks have no state"
+
+
 def dropout(per: Any) -> dict[str, Any]:
     return {
         "state": lambda model, data, key: model,
         "posterior": lambda model: fb.dropout.posterior(model, per=per),
-        "vmappable": "masks have no state",
-        "merge": "masks have no state",
+        "vmappable": NO_STATE,
+        "merge": NO_STATE,
         "log_prob": "masks are no density over parameters",
     }
 

@@ -110,10 +110,8 @@ def run(configuration: Configuration, *, output: Path) -> int:
     if not complete:
         finished = sum(map(len, done.values()))
         wanted = configuration.seeds * (1 + len(configuration.methods))
-        of_seeds = f" of {configuration.seeds} seeds each" if configuration.seeds > 1 else ""
-        console.print(
-            f"Interrupted: finished {finished} of {wanted} methods{of_seeds}.", highlight=False
-        )
+        what = "methods" if configuration.seeds == 1 else "runs, one a method and seed"
+        console.print(f"Interrupted: finished {finished} of {wanted} {what}.", highlight=False)
     return 0 if complete else 130
 
 

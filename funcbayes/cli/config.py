@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 import shlex
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
@@ -128,7 +129,8 @@ def check(name: str, value: object) -> Any:
         case "device":
             text = _text(value)
             number = text.removeprefix("cuda:")
-            if text not in ("auto", "cpu", "cuda") and not (number != text and number.isdigit()):
+            numbered = number != text and re.fullmatch("[0-9]{1,3}", number)
+            if text not in ("auto", "cpu", "cuda") and not numbered:
                 raise ValueError(f"it is '{text}', expected auto, cpu, cuda or cuda:N")
             return text
         case _:
@@ -163,7 +165,8 @@ def _read(file: Path) -> dict[str, Any]:
             f"argument --config: '{file}' cannot be read ({error.strerror}): name a TOML file "
             "such as the config.toml of an earlier output"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    # Not only TOMLDecodeError: a number of 5000 digits, brackets 3000 deep.
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"argument --config: '{file}' is not TOML ({error}): write lines such as samples = 30"
         ) from error

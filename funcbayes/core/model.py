@@ -214,8 +214,9 @@ class _ModuleModel(Model):
             x = tensor_map(torch.clone, x)
         # Inference tensors and those inside vmap count no versions: then it stays unknown, and
         # inputs are copied.
-        uncounted = in_transform(x) or any(leaf.is_inference() for leaf in tensor_leaves(x))
-        watched = writes is None and not uncounted
+        watched = writes is None and not (
+            in_transform(x) or any(leaf.is_inference() for leaf in tensor_leaves(x))
+        )
         versions = [leaf._version for leaf in tensor_leaves(x)] if watched else []
         with self._borrow(training=training) as module, self._watched(tensors, training=training):
             outputs = functional_call(module, tensors, _arguments(x), tie_weights=self._tied)

@@ -83,10 +83,16 @@ class Mixture(NamedTuple):
         return torch.logsumexp(each + self.weights.log().to(each), dim=0)
 
     def _average(self, parts: list[TensorTree]) -> TensorTree:
-        weights = self.weights.tolist()
-        return trees.tree_map(
-            lambda *x: sum(w * part for w, part in zip(weights, x, strict=True)), *parts
-        )
+        weights = self.weights.unbind()
+
+        def average(*x: Tensor) -> Tensor:
+            # A float64 weight times a scalar leaf would be float64.
+            return sum(
+                ((w * part).to(part.dtype) for w, part in zip(weights, x, strict=True)),
+                start=torch.zeros_like(x[0]),
+            )
+
+        return trees.tree_map(average, *parts)
 
 
 def mixture(

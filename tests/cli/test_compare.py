@@ -237,7 +237,7 @@ def test_ctrl_c_in_the_second_seed(monkeypatch, quick, capsys, tmp_path):
     report = figures(tmp_path)
     assert report["seeds"] == [0, 1, 2]
     assert [len(part["choices"]) for part in report["methods"].values()] == [1, 1]
-    assert "finished 2 of 6 methods" in " ".join(capsys.readouterr().out.split())
+    assert "finished 2 of 6 runs" in " ".join(capsys.readouterr().out.split())
 
 
 def test_ctrl_c_before_the_first_method(monkeypatch, tmp_path):

@@ -73,6 +73,7 @@ def test_an_ensemble_of_laplace_fits_is_a_mixture():
     assert torch.isfinite(pred.variance).all()
 
 
+@FEW
 @given(state=strategies.states())
 def test_any_state_is_saved_and_its_posterior_keeps_the_key_law(state):
     module = getattr(fb, type(state).__name__.removesuffix("State").lower())
@@ -80,6 +81,7 @@ def test_any_state_is_saved_and_its_posterior_keeps_the_key_law(state):
     fb.testing.check_key_determinism(module.posterior(state), num_samples=3)
 
 
+@FEW
 @given(posterior=strategies.posteriors(families=["diagonal"], zero_std=True), key=strategies.keys())
 def test_parameters_that_are_held_fixed_keep_the_key_law(posterior, key):
     fb.testing.check_key_determinism(posterior, key=key, num_samples=3)

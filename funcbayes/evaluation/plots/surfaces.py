@@ -222,7 +222,7 @@ def uncertainty_maps(
         bar = page.figure.colorbar(image, cax=page.figure.add_subplot(grid[2]))
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
         bar.ax.tick_params(colors=MUTED, labelsize=8, length=3)
-        bar.ax.set_title(label, color=MUTED, fontsize=8, pad=5)
+        bar.ax.set_title(shortened(label, 20), color=MUTED, fontsize=8, pad=5)
     if points is not None and classes:
         page.legend(*(_class_marker(i, name) for i, name in enumerate(classes)))
     return page.figure

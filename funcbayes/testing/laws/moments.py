@@ -103,6 +103,7 @@ def check_sampling_moments(
         )
     ]
     variances = trees.leaves(variance)
+    _check_draws_are_samples(law, posterior, parent, mean, eps)
     sums = _sums(law, posterior, parent, num_samples, mean, variances, eps)
 
     names = [name for name, _ in trees.leaves_with_names(mean)]
@@ -164,6 +165,32 @@ def _check_stated(law: str, mean: TensorTree, variance: TensorTree) -> None:
     for name, leaf in trees.leaves_with_names(variance):
         if not bool((torch.isfinite(leaf) & (leaf >= 0)).all()):
             fail(law, f"`variance{name}` is negative or not finite in some entries")
+
+
+def _check_draws_are_samples(
+    law: str, posterior: Any, key: Key, mean: TensorTree, eps: Sequence[float]
+) -> None:
+    """What is gathered below are draws, chunk by chunk: they must be what `sample` gives."""
+    if not (hasattr(posterior, "draw") and hasattr(posterior, "sample")):
+        return
+    drawn = posterior.draw(key, 0, 4).params
+    if drawn is None:
+        return
+    sampled = posterior.sample(key, 4)
+    for tree, name in ((sampled, "sample(key, n)"), (drawn, "draw(key, 0, n)")):
+        try:
+            trees.check_like(tree, mean, name=name, batch_dims=1)
+        except ValueError as error:
+            fail(law, f"{error}, as in `mean`")
+    pairs = zip(trees.leaves_with_names(sampled), trees.leaves(drawn), eps, strict=True)
+    for (name, x), y, e in pairs:
+        scale = float(x.detach().abs().max()) if x.numel() else 0.0
+        if not torch.allclose(x, y, rtol=0, atol=16 * e * scale, equal_nan=True):
+            fail(
+                law,
+                f"{name}: `sample(key, n)` and `draw(key, 0, n)` give different numbers",
+                "one of the two was overridden without the other",
+            )
 
 
 def _sums(

@@ -264,7 +264,7 @@ def plan_fisher(model_name: str, num: int, toy: bool) -> Plan:
         lambda: fb.laplace.fit(
             model, loader, likelihood=fb.likelihoods.Categorical(), curvature="empirical_fisher"
         ),
-        lambda state: flat(state.curvature.values()),
+        lambda state: flat(state.curvature.diagonal(model.params).values()),
     )
 
     unit = copy.deepcopy(net)

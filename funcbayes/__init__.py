@@ -24,7 +24,7 @@ from funcbayes.modules import (
     MCDropout,
     VariationalBayesNN,
 )
-from funcbayes.prediction import Predictive, predict
+from funcbayes.prediction import LinearizedPredictive, Predictive, linearized, predict
 
 if TYPE_CHECKING:
     from funcbayes import testing
@@ -38,6 +38,7 @@ __all__ = [
     "DeepEnsemble",
     "GaussianLinear",
     "LaplaceApproximation",
+    "LinearizedPredictive",
     "MCDropout",
     "Model",
     "NotFittedError",
@@ -51,6 +52,7 @@ __all__ = [
     "ensemble",
     "laplace",
     "likelihoods",
+    "linearized",
     "load",
     "metrics",
     "plots",

@@ -30,15 +30,37 @@ from torch import Tensor, nn
 from funcbayes.core import trees
 from funcbayes.core.model import Model, check_model
 from funcbayes.core.random import Key
-from funcbayes.core.trees import TensorTree
+from funcbayes.curvature.blocks import (
+    Curvature,
+    DenseBlock,
+    DiagonalBlock,
+    EigenKroneckerBlock,
+    KroneckerBlock,
+    LowRankBlock,
+)
 from funcbayes.evaluation.conformal import IntervalsState, SetsState
 from funcbayes.inference.ensemble import EnsembleState
-from funcbayes.inference.laplace import LaplaceState
+from funcbayes.inference.laplace import LaplaceState, Noise
 from funcbayes.inference.swag import SwagState
 from funcbayes.inference.vi import ViState
-from funcbayes.posteriors import Diagonal, DropoutMasks, Empirical, LowRank, Mixture
+from funcbayes.posteriors import (
+    BlockNormal,
+    DenseFactor,
+    Diagonal,
+    DiagonalFactor,
+    DropoutMasks,
+    Empirical,
+    KroneckerFactor,
+    LowRank,
+    LowRankFactor,
+    Mixture,
+)
+from funcbayes.posteriors.block_normal import check_groups
 
-_FORMAT = 1
+# 2 has tuples as keys of dicts. A file without any is written as 1, for older readers.
+_FORMAT = 2
+# Saving, and JSON, go down by recursion.
+_MAX_DEPTH = 100
 _NO_DIGEST = b"0" * 64
 # The digest comes first, so it lies at one place in every file.
 _MAGIC = b'{"__metadata__":{"funcbayes":"{\\"'
@@ -64,8 +86,10 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 _OWN_TYPES = (
-    *(SwagState, LaplaceState, ViState, EnsembleState),
-    *(Diagonal, LowRank, Empirical, Mixture, DropoutMasks),
+    *(SwagState, LaplaceState, Noise, ViState, EnsembleState),
+    *(Diagonal, LowRank, BlockNormal, Empirical, Mixture, DropoutMasks),
+    *(DiagonalFactor, KroneckerFactor, DenseFactor, LowRankFactor),
+    *(Curvature, DiagonalBlock, KroneckerBlock, EigenKroneckerBlock, DenseBlock, LowRankBlock),
     *(SetsState, IntervalsState),
     Key,
 )
@@ -81,22 +105,27 @@ def save(path: str | os.PathLike[str], state: Any) -> None:
 
     Args:
         path: where to; a file that is there is replaced.
-        state: any state or posterior of funcbayes, a NamedTuple of your own, or dicts (with
-            strings as keys), lists and tuples of them. Leaves are tensors, None, booleans,
-            numbers and strings. Leaves that share memory are written once each.
+        state: any state, posterior or curvature of funcbayes, a NamedTuple of your own, or
+            dicts (with strings or tuples of strings as keys), lists and tuples of them, at most
+            100 levels deep. Leaves are tensors, None, booleans, numbers and strings. Leaves that
+            share memory are written once each.
 
     Raises:
-        TypeError: a leaf cannot be stored, or a key is not a string; the message names it.
+        TypeError: a leaf cannot be stored, or a key is neither a string nor a tuple of strings;
+            the message names it.
         ValueError: a leaf has no values: it belongs to a `torch.func` transform, or is a meta
-            tensor; or `path` is neither a file nor free, but a device or a pipe.
+            tensor; `state` is nested too deeply; or `path` is neither a file nor free, but a
+            device or a pipe.
         OSError: the folder of `path` does not exist (`FileNotFoundError`) or may not be written
             to (`PermissionError`), `path` is a folder (`IsADirectoryError`), the disk is full.
     """
-    leaves: dict[str, Tensor] = {}
-    structure = _encode(state, "state", leaves)
+    encoder = _Encoder()
+    structure = encoder.node(state, "state")
     # Widest first, as safetensors has it: every tensor is then aligned.
-    leaves = dict(sorted(leaves.items(), key=lambda item: -item[1].dtype.to_real().itemsize))
-    header = _header(type(state).__name__, structure, leaves)
+    leaves = dict(
+        sorted(encoder.leaves.items(), key=lambda item: -item[1].dtype.to_real().itemsize)
+    )
+    header = _header(type(state).__name__, structure, leaves, encoder.format)
     target = _target(path)
     temporary = target.with_name(f".funcbayes-{secrets.token_hex(8)}.tmp")
     try:
@@ -183,39 +212,60 @@ def load(
 # Writing
 
 
-def _encode(value: Any, where: str, leaves: dict[str, Tensor]) -> Any:
-    """The structure as JSON has it; the tensors go to `leaves`, by their paths."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, Tensor):
-        _check_storable(value, where)
-        leaves[where] = value
-        return {
-            "tensor": where,
-            "complex": value.is_complex(),
-            "requires_grad": value.requires_grad,
-        }
-    kind, names = type(value), getattr(value, "_fields", None)
-    if isinstance(value, tuple) and names is not None:
-        named = zip(names, value, strict=True)
-        fields = {name: _encode(part, f"{where}.{name}", leaves) for name, part in named}
-        return {"type": _TYPE_NAMES.get(kind, kind.__name__), "fields": fields}
-    if kind in (list, tuple):
-        parts = [_encode(part, f"{where}[{i}]", leaves) for i, part in enumerate(value)]
-        return {kind.__name__: parts}
-    if isinstance(value, dict) and kind in (dict, OrderedDict):
-        for key in value:
-            if type(key) is not str:
-                raise TypeError(
-                    f"`{where}` has the key {key!r}, a {type(key).__name__}, expected strings as"
-                    " keys: only those can be stored"
-                )
-        parts = [[key, _encode(part, f"{where}[{key!r}]", leaves)] for key, part in value.items()]
-        return {kind.__name__: parts}
-    raise TypeError(
-        f"`{where}` is a {kind.__name__}, which cannot be stored, expected a tensor, None,"
-        " a boolean, a number, a string, or a dict, list, tuple or NamedTuple of them"
-    )
+class _Encoder:
+    """Takes a state apart: the structure as JSON has it, and `leaves`, the tensors by path."""
+
+    def __init__(self) -> None:
+        self.leaves: dict[str, Tensor] = {}
+        self.format = 1
+
+    def node(self, value: Any, where: str, depth: int = 0) -> Any:
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        if isinstance(value, Tensor):
+            _check_storable(value, where)
+            self.leaves[where] = value
+            return {
+                "tensor": where,
+                "complex": value.is_complex(),
+                "requires_grad": value.requires_grad,
+            }
+        if depth >= _MAX_DEPTH:
+            raise ValueError(
+                f"`state` is nested more than {_MAX_DEPTH} levels deep (at `{where[:60]}…`),"
+                f" expected at most {_MAX_DEPTH}: flatten it, or does it contain itself?"
+            )
+        kind, names = type(value), getattr(value, "_fields", None)
+        if isinstance(value, tuple) and names is not None:
+            named = zip(names, value, strict=True)
+            fields = {name: self.node(part, f"{where}.{name}", depth + 1) for name, part in named}
+            return {"type": _TYPE_NAMES.get(kind, kind.__name__), "fields": fields}
+        if kind in (list, tuple):
+            parts = [self.node(part, f"{where}[{i}]", depth + 1) for i, part in enumerate(value)]
+            return {kind.__name__: parts}
+        if isinstance(value, dict) and kind in (dict, OrderedDict):
+            items = value.items()
+            parts = [
+                [self.key(key, where), self.node(part, f"{where}[{key!r}]", depth + 1)]
+                for key, part in items
+            ]
+            return {kind.__name__: parts}
+        raise TypeError(
+            f"`{where}` is a {kind.__name__}, which cannot be stored, expected a tensor, None,"
+            " a boolean, a number, a string, or a dict, list, tuple or NamedTuple of them"
+        )
+
+    def key(self, key: Any, where: str) -> str | list[str]:
+        """A string as it is, a tuple of strings as a list: JSON tells the two apart."""
+        if type(key) is str:
+            return key
+        if type(key) is tuple and all(type(part) is str for part in key):
+            self.format = 2
+            return list(key)
+        raise TypeError(
+            f"`{where}` has the key {key!r}, a {type(key).__name__}, expected strings or tuples of"
+            " strings as keys: only those can be stored"
+        )
 
 
 def _check_storable(leaf: Tensor, where: str) -> None:
@@ -237,12 +287,12 @@ def _check_storable(leaf: Tensor, where: str) -> None:
     raise TypeError(f"`{where}` is {kind}, which cannot be stored, expected a dense tensor")
 
 
-def _header(kind: str, structure: Any, leaves: dict[str, Tensor]) -> bytes:
+def _header(kind: str, structure: Any, leaves: dict[str, Tensor], file_format: int) -> bytes:
     from funcbayes import __version__  # which imports this module
 
     content = {
         "digest": _NO_DIGEST.decode(),
-        "format": _FORMAT,
+        "format": file_format,
         "version": __version__,
         "type": kind,
         "structure": structure,
@@ -375,7 +425,8 @@ def _parse_header(header: bytes, path: Path) -> tuple[dict[str, Any], dict[str, 
             f"`{path}` was written by a newer funcbayes ({content.get('version')}, format"
             f" {written_in}), expected format {_FORMAT} or older: update funcbayes"
         )
-    if written_in != _FORMAT or "structure" not in content or not header.startswith(_BEFORE_DIGEST):
+    readable = type(written_in) is int and written_in >= 1
+    if not readable or "structure" not in content or not header.startswith(_BEFORE_DIGEST):
         raise _changed(path, "its header cannot be read")
     try:
         parsed = {name: _parse_entry(entry) for name, entry in entries.items()}
@@ -425,13 +476,23 @@ def _decode(node: Any, known: dict[str, type], finish: Callable[..., Tensor]) ->
         case {"tuple": parts}:
             return tuple(inner(part) for part in parts)
         case {"dict": parts}:
-            return {key: inner(part) for key, part in parts}
+            return {_key(key): inner(part) for key, part in parts}
         case {"OrderedDict": parts}:
-            return OrderedDict((key, inner(part)) for key, part in parts)
+            return OrderedDict((_key(key), inner(part)) for key, part in parts)
         case {"type": name, "fields": fields}:
             kind: Any = _find(name, list(fields), known)
-            return kind._make(inner(fields[field]) for field in kind._fields)
+            values = {**getattr(kind, "_field_defaults", {})}
+            values.update((field, inner(part)) for field, part in fields.items())
+            return kind._make(values[field] for field in kind._fields)
     raise TypeError(f"unknown node {node!r}")
+
+
+def _key(key: Any) -> str | tuple[str, ...]:
+    if isinstance(key, list) and all(isinstance(part, str) for part in key):
+        return tuple(key)
+    if isinstance(key, str):
+        return key
+    raise TypeError(f"unknown key {key!r}")
 
 
 def _find(name: str, fields: list[str], known: dict[str, type]) -> type:
@@ -442,10 +503,13 @@ def _find(name: str, fields: list[str], known: dict[str, type]) -> type:
             if name.startswith("funcbayes.")
             else f"a {name}, which is not in `types`: pass the class, as in types=({name},)"
         )
-    if sorted(kind._fields) != sorted(fields):
+    given = {*fields, *getattr(kind, "_field_defaults", {})}
+    if not set(fields) <= set(kind._fields) <= given:
+        ours = name.startswith("funcbayes.")
         raise _UnknownTypeError(
             f"a {name} with the fields {', '.join(fields)}, but the class now has"
-            f" {', '.join(kind._fields)}: load it with the class that it was saved with"
+            f" {', '.join(kind._fields)}: load it with the "
+            f"{'version of funcbayes' if ours else 'class'} that it was saved with"
         )
     return kind
 
@@ -483,19 +547,39 @@ def _check_fits(state: Any, model: Model) -> None:
             " with: load it without `model`"
         )
     for name, tree, like, batch_dims in found or [("state", state, "params", 0)]:
-        trees.check_like(tree, getattr(model, like), name=name, batch_dims=batch_dims)
+        if like == "names":
+            check_groups(tree, trees.names(model.params), name=name)
+        else:
+            trees.check_like(tree, getattr(model, like), name=name, batch_dims=batch_dims)
 
 
-def _parameter_trees(state: Any, where: str) -> Iterator[tuple[str, TensorTree, str, int]]:
-    """What has to be like the model's params or constants, and its leading axes."""
+# The trees beside `mean` or `params` that are like the parameters, and their leading axes.
+_LIKE_PARAMS: dict[type, dict[str, int]] = {
+    SwagState: {"sum_sq_dev": 0, "deviations": 1},
+    ViState: {"rho": 0},
+    Diagonal: {"std": 0},
+    LowRank: {"std": 0, "factor": 1},
+}
+
+
+def _parameter_trees(state: Any, where: str) -> Iterator[tuple[str, Any, str, int]]:
+    """What has to be like the model's params, constants or names, and its leading axes."""
     fields = getattr(state, "_fields", ())
-    batch_dims = int(isinstance(state, EnsembleState | Empirical))
+    members = isinstance(state, EnsembleState | Empirical)
+    batch_dims = int(members)
     for name in ("mean", "params"):
         if name in fields:
             yield f"{where}.{name}", getattr(state, name), "params", batch_dims
-    if batch_dims and state.constants:
+    for name, leading in _LIKE_PARAMS.get(type(state), {}).items():
+        yield f"{where}.{name}", getattr(state, name), "params", leading
+    for kind, name in ((BlockNormal, "factors"), (Curvature, "blocks")):
+        if isinstance(state, kind):
+            yield f"{where}.{name}", getattr(state, name), "names", 0
+    if isinstance(state, LaplaceState):
+        yield from _parameter_trees(state.curvature, f"{where}.curvature")
+    if members and state.constants:
         yield f"{where}.constants", state.constants, "constants", batch_dims
-    if {"mean", "params"} & set(fields) or isinstance(state, Tensor):
+    if {"mean", "params"} & set(fields) or isinstance(state, Curvature | Tensor):
         return
     if isinstance(state, dict):
         parts = [(f"{where}[{key!r}]", part) for key, part in state.items()]

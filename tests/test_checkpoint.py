@@ -34,6 +34,19 @@ OTHERS = (
     *(torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64),
 )
 COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
+# What the first version of the format looked like.
+FIRST_FORMAT = (
+    b'\x98\x02\x00\x00\x00\x00\x00\x00{"__metadata__":{"funcbayes":"{\\"digest\\":\\"77a24c3'
+    b'69f2c522e11a2e38e59b30a88068efaaf161de1c1ddc05f874efb5aff\\",\\"format\\":1,\\"version'
+    b'\\":\\"0.1.0\\",\\"type\\":\\"list\\",\\"structure\\":{\\"list\\":[{\\"type\\":\\"func'
+    b'bayes.Diagonal\\",\\"fields\\":{\\"mean\\":{\\"dict\\":[[\\"fc.weight\\",{\\"tensor\\"'
+    b':\\"state[0].mean[\'fc.weight\']\\",\\"complex\\":false,\\"requires_grad\\":false}]]},'
+    b'\\"std\\":{\\"tuple\\":[null,{\\"OrderedDict\\":[[\\"a\\",{\\"tensor\\":\\"state[0].st'
+    b'd[1][\'a\']\\",\\"complex\\":false,\\"requires_grad\\":false}]]}]}}},\\"text\\"]}}"},"'
+    b'state[0].std[1][\'a\']":{"dtype":"I64","shape":[],"data_offsets":[0,8]},"state[0].mean'
+    b'[\'fc.weight\']":{"dtype":"F32","shape":[1,2],"data_offsets":[8,16]}}   \x03\x00\x00\x00'
+    b"\x00\x00\x00\x00\x00\x00\x80?\x00\x00\x00@"
+)
 
 
 class MyPosterior(NamedTuple):
@@ -50,6 +63,54 @@ def params(seed=0):
     return {"fc.weight": some((4, 3), seed=seed), "fc.bias": some((4,), seed=seed + 1)}
 
 
+def network(width=3, *, bias=True):
+    return nn.Sequential(OrderedDict(fc=nn.Linear(width, 4, bias=bias)))
+
+
+def curvature():
+    """Of a network with the layer fc and more: every kind of block once."""
+    blocks = {
+        ("fc.weight",): fb.curvature.blocks.KroneckerBlock(
+            some((1, 3, 3)), some((1, 4, 4)), torch.tensor(7.0)
+        ),
+        ("fc.bias",): fb.curvature.blocks.DiagonalBlock(some((4,))),
+        ("conv",): fb.curvature.blocks.EigenKroneckerBlock(
+            some((2, 3, 5)), some((2, 3, 3)), some((2, 5, 5))
+        ),
+        ("a", "b"): fb.curvature.blocks.DenseBlock(some((2, 3, 3))),
+        ("c", "d", "e"): fb.curvature.blocks.LowRankBlock(some((1, 2)), some((1, 5, 2))),
+    }
+    return fb.curvature.blocks.Curvature(blocks)
+
+
+def small_curvature():
+    """Of the network with the layer fc alone."""
+    blocks = {names: curvature().blocks[names] for names in (("fc.weight",), ("fc.bias",))}
+    return fb.curvature.blocks.Curvature(blocks)
+
+
+def laplace():
+    kind = fb.laplace.LaplaceState
+    fields = {
+        **dict.fromkeys(kind._fields),  # those that are optional
+        "mean": params(),
+        "curvature": small_curvature(),
+        "num_data": torch.tensor(7),
+        "loss": torch.tensor(1.5),
+    }
+    return kind(**fields)
+
+
+def block_normal():
+    factors = {
+        ("fc.weight",): fb.posteriors.KroneckerFactor(
+            some((1, 4, 3)), some((1, 4, 4)), some((1, 3, 3))
+        ),
+        ("fc.bias",): fb.posteriors.DenseFactor(torch.eye(4).expand(1, 4, 4)),
+    }
+    return fb.posteriors.BlockNormal(params(), factors)
+
+
 def states():
     p = params()
     swag = fb.swag.init(p, max_rank=2)
@@ -61,11 +122,22 @@ def states():
     return {
         "swag": swag,
         "swag posterior": fb.swag.posterior(swag),
-        "laplace": fb.inference.laplace.LaplaceState(p, p, torch.tensor(7), torch.tensor(1.5)),
+        "laplace": laplace(),
         "vi": fb.vi.init(p),
         "ensemble": members,
         "diagonal": diagonal,
         "low rank": fb.posteriors.LowRank(p, p, stacked),
+        "block normal": block_normal(),
+        "block normal of other factors": fb.posteriors.BlockNormal(
+            p,
+            {
+                ("fc.weight",): fb.posteriors.LowRankFactor(
+                    some((2, 6)), some((2, 6, 1)), some((2, 1))
+                ),
+                ("fc.bias",): fb.posteriors.DiagonalFactor(some((4,))),
+            },
+        ),
+        "curvature": curvature(),
         "empirical": fb.posteriors.Empirical(stacked, {}),
         "mixture": fb.posteriors.mixture([diagonal, fb.swag.posterior(swag)], [1, 2]),
         "dropout": fb.posteriors.DropoutMasks(p, None, "row"),
@@ -183,7 +255,8 @@ scalars = (
     | st.floats()
     | st.text(st.characters(), max_size=4)  # surrogates too
 )
-keys = st.text(st.characters(), max_size=4) | st.sampled_from(ODD_KEYS)
+words = st.text(st.characters(), max_size=4) | st.sampled_from(ODD_KEYS)
+keys = words | st.lists(words, max_size=3).map(tuple)
 tensors = st.builds(
     lambda shape, dtype, seed: some(shape, dtype, seed),
     st.lists(st.integers(0, 3), max_size=3),
@@ -211,6 +284,28 @@ def test_any_nested_tree_comes_back(state, tmp_path_factory):
     if "\\ud" not in repr(state):
         with safetensors.safe_open(path, "pt") as file:
             assert len(file.keys()) == len(trees.tensor_leaves(state))
+
+
+def test_keys_that_are_tuples_of_strings(path):
+    # Each of these is another key, though some look alike when written out.
+    alike = ("a", ("a",), "('a',)", '["a"]', ("a", "b"), ("a, b",), "a, b", (), ("",), "", "()")
+    state = {key: some(seed=i) for i, key in enumerate(alike)}
+    assert_same(state, round_trip(state, path))
+    assert_same(OrderedDict(state), round_trip(OrderedDict(state), path))
+    assert unpack(path.read_bytes())[1]["format"] == 2
+
+
+def test_a_file_of_the_first_format_is_read_and_written_as_ever(path):
+    state = [
+        fb.posteriors.Diagonal(
+            {"fc.weight": torch.tensor([[1.0, 2.0]])}, (None, OrderedDict(a=torch.tensor(3)))
+        ),
+        "text",
+    ]
+    path.write_bytes(FIRST_FORMAT)
+    assert_same(state, fb.load(path))
+    fb.save(path, state)
+    assert unpack(path.read_bytes())[1]["format"] == 1
 
 
 def test_odd_keys(path):
@@ -318,18 +413,59 @@ def model_of(net):
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in states() if n not in ("key", "ensemble", "conformal sets", "conformal intervals")],
+    [
+        *("swag", "swag posterior", "laplace", "vi", "diagonal", "low rank", "block normal"),
+        *("block normal of other factors", "empirical", "mixture", "dropout"),
+        *("dropout with a rate", "all in one"),
+    ],
 )
 def test_a_state_of_this_model_is_taken_and_one_of_another_refused(name, path):
-    net = nn.Sequential(OrderedDict(fc=nn.Linear(3, 4)))
-    fb.save(path, states()[name])
-    assert_same(states()[name], fb.load(path, model=model_of(net)))
+    state = states()[name]
+    fb.save(path, state)
+    assert_same(state, fb.load(path, model=model_of(network())))
     with pytest.raises(
         ValueError, match=r"does not fit `model`: `state.*\['fc\.weight'\]` has shape"
     ):
-        fb.load(path, model=model_of(nn.Sequential(OrderedDict(fc=nn.Linear(2, 4)))))
+        fb.load(path, model=model_of(network(2)))
     with pytest.raises(ValueError, match=r"does not fit `model`: .*\['fc\.bias'\] is not expected"):
-        fb.load(path, model=model_of(nn.Sequential(OrderedDict(fc=nn.Linear(3, 4, bias=False)))))
+        fb.load(path, model=model_of(network(bias=False)))
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "batch"),
+    [
+        *[("swag", "sum_sq_dev", ()), ("swag", "deviations", (2,)), ("vi", "rho", ())],
+        *[("diagonal", "std", ()), ("low rank", "std", ()), ("low rank", "factor", (5,))],
+    ],
+)
+def test_the_trees_beside_the_mean_are_compared_too(name, field, batch, path):
+    state = states()[name]
+    changed = {**getattr(state, field), "fc.weight": torch.zeros(*batch, 4, 2)}
+    fb.save(path, state._replace(**{field: changed}))
+    with pytest.raises(
+        ValueError,
+        match=rf"does not fit `model`: `state\.{field}\['fc\.weight'\]` has shape \(4, 2\), exp",
+    ):
+        fb.load(path, model=model_of(network()))
+
+
+def test_the_leaves_of_blocks_and_factors_are_compared_too(path):
+    state = block_normal()
+    del state.factors[("fc.bias",)]
+    fb.save(path, {"nested": [state]})
+    message = r"`state\['nested'\]\[0\]\.factors` has leaves 'fc\.bias' missing; expected each"
+    with pytest.raises(ValueError, match=message):
+        fb.load(path, model=model_of(network()))
+    for state, where in (
+        (curvature(), "state"),
+        (laplace()._replace(curvature=curvature()), r"state\.curvature"),
+    ):
+        fb.save(path, state)
+        message = rf"`{where}\.blocks` has leaves 'conv', 'a', 'b', … not expected; expected each"
+        with pytest.raises(ValueError, match=message):
+            fb.load(path, model=model_of(network()))
+    ours = small_curvature()
+    assert_same(ours, round_trip(ours, path, model=model_of(network())))
 
 
 def test_constants_of_an_ensemble_are_compared_too(path):
@@ -373,6 +509,23 @@ def test_a_type_of_ones_own_is_found_among_types_only(path):
         fb.load(path, types=(changed,))
     reordered = namedtuple("MyPosterior", ["scale", "mean"])
     assert torch.equal(fb.load(path, types=[reordered]).mean["fc.bias"], params()["fc.bias"])
+
+
+def test_fields_that_came_later_have_their_defaults_or_are_missed(path):
+    fb.save(path, MyPosterior(params(), None))
+    more = namedtuple("MyPosterior", ["mean", "noise", "scale"], defaults=["none", 1.0])
+    loaded = fb.load(path, types=(more,))
+    assert_same(loaded, more(params(), "none", None))
+    without = namedtuple("MyPosterior", ["mean", "noise", "scale"])
+    with pytest.raises(
+        ValueError,
+        match=r"a MyPosterior with the fields mean, scale, but the class now has mean, noise,"
+        r" scale: load it with the class that it was saved with",
+    ):
+        fb.load(path, types=(without,))
+    less = namedtuple("MyPosterior", ["mean"])
+    with pytest.raises(ValueError, match="fields mean, scale, but the class now has mean: load"):
+        fb.load(path, types=(less,))
 
 
 def test_a_type_with_the_name_of_one_of_the_library_is_another(path):
@@ -430,10 +583,40 @@ def test_a_tensor_subclass_cannot_be_stored(path):
         fb.save(path, some().as_subclass(Mine))
 
 
-@pytest.mark.parametrize("key", [0, None, ("a",), np.str_("a")], ids=repr)
-def test_keys_that_are_no_strings_are_refused(key, path):
-    with pytest.raises(TypeError, match=r"`state\['x'\]` has the key .* expected strings as keys"):
+@pytest.mark.parametrize(
+    "key", [0, None, ("a", 1), (("a",),), (np.str_("a"),), np.str_("a"), MyPosterior("a", "b")],
+    ids=repr,
+)  # fmt: skip
+def test_keys_that_are_neither_strings_nor_tuples_of_them_are_refused(key, path):
+    message = r"`state\['x'\]` has the key .* expected strings or tuples of strings as keys"
+    with pytest.raises(TypeError, match=message):
         fb.save(path, {"x": {key: some()}})
+
+
+@pytest.mark.parametrize("kind", [list, tuple, dict, MyPosterior])
+def test_states_that_are_nested_too_deeply(kind, path):
+    def nested(depth):
+        state = some()
+        for _ in range(depth):
+            if kind is dict:
+                state = {"a": state}
+            elif kind is MyPosterior:
+                state = MyPosterior(state, None)
+            else:
+                state = kind([state])
+        return state
+
+    deepest = nested(100)
+    assert_same(deepest, round_trip(deepest, path, types=(MyPosterior,)))
+    for depth in (101, 2000):
+        with pytest.raises(
+            ValueError, match=r"`state` is nested more than 100 levels deep \(at `st"
+        ):
+            fb.save(path, nested(depth))
+    itself: list[Any] = []
+    itself.append(itself)
+    with pytest.raises(ValueError, match=r"expected at most 100: .* or does it contain itself"):
+        fb.save(path, itself)
 
 
 def test_saving_inside_a_transform_or_without_values(path):
@@ -702,9 +885,11 @@ def edits(header, content):
         return header, {**content, "structure": node}
 
     leaf = {"tensor": name, "complex": False, "requires_grad": False}
-    yield header, {**content, "format": 2}, "was written by a newer funcbayes"
+    yield header, {**content, "format": 3}, "was written by a newer funcbayes"
     yield header, {**content, "format": 10**30}, "was written by a newer funcbayes"
     yield header, {**content, "format": "2"}, unread
+    yield header, {**content, "format": 1.5}, unread
+    yield header, {**content, "format": True}, unread
     yield header, {**content, "format": None}, unread
     yield header, {**content, "format": 0}, unread
     yield header, {k: v for k, v in content.items() if k != "format"}, unread
@@ -727,7 +912,15 @@ def edits(header, content):
     yield {k: v for k, v in header.items() if k != last}, content, "bytes, expected"
     yield {("x" if k == other else k): v for k, v in header.items()}, content, malformed
     for node in (
-        *({}, {"dict": 3}, {"dict": [[1]]}, {"dict": [[[], 2]]}, {"dict": ["abc"]}, {"list": 5}),
+        *(
+            {},
+            {"dict": 3},
+            {"dict": [[1]]},
+            {"dict": [[[3], 2]]},
+            {"dict": [[None, 2]]},
+            {"dict": ["abc"]},
+            {"list": 5},
+        ),
         *({"tensor": "nowhere"}, {**leaf, "tensor": "nowhere"}, {**leaf, "tensor": []}),
         *({"list": [leaf, leaf]}, {**leaf, "complex": True}, {"class": "os.system"}, []),
         *({"type": "funcbayes.Diagonal", "fields": 3}, {"type": [], "fields": {}}),

@@ -48,6 +48,15 @@ def leaves_with_names(tree: TensorTree) -> list[tuple[str, Any]]:
     return [(pytree.keystr(path), leaf) for path, leaf in paths]
 
 
+def names(tree: TensorTree) -> list[str]:
+    """One name a leaf, in order: its key in a flat dict of tensors, its path in other trees."""
+    if isinstance(tree, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in tree.items()
+    ):
+        return list(tree)
+    return [name for name, _ in leaves_with_names(tree)]
+
+
 def unflatten(new_leaves: Sequence[Any], like: TensorTree) -> TensorTree:
     """A tree with the structure of `like` and the given leaves."""
     return pytree.tree_unflatten(list(new_leaves), pytree.tree_structure(like))

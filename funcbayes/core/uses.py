@@ -187,6 +187,49 @@ def _safe_softmax(scores: Tensor) -> Tensor:
     return torch.softmax(scores.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)
 
 
+def layer_norm(
+    input: Tensor,
+    normalized_shape: tuple[int, ...],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.layer_norm` by its mathematical form.
+
+    Under `torch.func` the gradient of torch's own to `weight` has no derivative in `input`: it is
+    taken to be 0. Arguments and shapes are those of torch's function.
+    """
+    axes = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(axes, keepdim=True)
+    output = centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
+    output = output if weight is None else output * weight
+    return output if bias is None else output + bias
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.instance_norm` by its mathematical form, for the same reason as `layer_norm`.
+
+    Arguments and shapes are those of torch's function. Running statistics are not updated.
+    """
+    if not use_input_stats:
+        return F.instance_norm(
+            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
+    output = layer_norm(input, tuple(input.shape[2:]), eps=eps)
+    spread = (-1, *(1,) * (input.dim() - 2))
+    output = output if weight is None else output * weight.view(spread)
+    return output if bias is None else output + bias.view(spread)
+
+
 RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -33,7 +33,22 @@ Arguments = dict[str, Any]
 
 
 class Rule:
-    """What one family of torch functions has to say about its parameters."""
+    """What one family of torch functions has to say about its parameters.
+
+    Attributes:
+        name: what a report calls it.
+        is_linear: whether the weight acts as a matrix on vectors at positions, so that
+            `input_form` and `output_form` describe its use.
+        transposed: whether these forms describe the transposed weight.
+    """
+
+    name = ""
+    is_linear = False
+    transposed = False
+
+    def arrange(self, arguments: Arguments, is_leaf: Callable[[Any], bool]) -> Arguments | None:
+        """The arguments with the parameters under "weight" and "bias"; None: not understood."""
+        return arguments if self.understands(arguments) else None
 
     def understands(self, arguments: Arguments) -> bool:
         """Whether the call is one of those that the rule describes."""
@@ -55,6 +70,18 @@ class Rule:
 
     def bias_gradients(self, options: Any, grads: Tensor) -> Tensor:
         """The gradients `[batch, columns, *bias.shape]`."""
+        raise NotImplementedError
+
+    def input_form(self, options: Any, recorded: Tensor, shape: torch.Size) -> Tensor:
+        """The vectors that a weight of that shape acts on, `[batch, groups, positions, i]`.
+
+        With the gradients in `output_form`, and the weight seen as `[groups, o, i]`, a datum's
+        gradient is the sum over positions of the outer products.
+        """
+        raise NotImplementedError
+
+    def output_form(self, options: Any, grads: Tensor, shape: torch.Size) -> Tensor:
+        """The gradients at what it gives, `[batch, columns, groups, positions, o]`."""
         raise NotImplementedError
 
     def data_per_slice(
@@ -90,6 +117,9 @@ def _fitting(numbers_per_datum: int, like: Tensor) -> int:
 class Linear(Rule):
     """`F.linear`, at any number of positions."""
 
+    name = "linear"
+    is_linear = True
+
     def understands(self, arguments) -> bool:
         """See `Rule.understands`."""
         weight, bias = arguments["weight"], arguments["bias"]
@@ -104,6 +134,14 @@ class Linear(Rule):
     def bias_gradients(self, options, grads) -> Tensor:
         """See `Rule.bias_gradients`."""
         return grads.flatten(2, -2).sum(2) if grads.dim() > 3 else grads
+
+    def input_form(self, options, recorded, shape) -> Tensor:
+        """See `Rule.input_form`."""
+        return recorded.reshape(recorded.shape[0], 1, -1, shape[1])
+
+    def output_form(self, options, grads, shape) -> Tensor:
+        """See `Rule.output_form`."""
+        return grads.reshape(*grads.shape[:2], 1, -1, shape[0])
 
     def weight_squares(self, options, recorded, grads, shape) -> Tensor:
         """See `Rule.weight_squares`."""
@@ -133,11 +171,19 @@ class ConvOptions(NamedTuple):
     extra: list[int]
 
 
+def groups(options: Any) -> int:
+    """Into how many groups of channels a use with these options parts its weight."""
+    return options.groups if isinstance(options, ConvOptions) else 1
+
+
 class Conv(Rule):
     """`F.conv1d`, `F.conv2d`, `F.conv3d`: any stride, padding, dilation, groups."""
 
+    is_linear = True
+
     def __init__(self, dims: int):
         self.dims = dims
+        self.name = f"conv{dims}d"
 
     def options(self, arguments) -> ConvOptions:
         """See `Rule.options`."""
@@ -160,16 +206,14 @@ class Conv(Rule):
     def weight_gradients(self, options, recorded, grads, shape) -> Tensor:
         """See `Rule.weight_gradients`."""
         batch, columns = grads.shape[:2]
-        a = self._images(recorded, lead=1)
-        if any(options.extra):
-            a = F.pad(a, options.extra)
         if self._by_convolution(options, recorded, grads, shape):
+            a = self._padded(options, recorded)
             g = self._images(grads[:, 0], lead=1)
             return self._convolved(options, a, g, shape).unsqueeze(1)
         groups = options.groups
-        a = self._unfolded(options, a, shape).unflatten(1, (groups, -1)).flatten(0, 1)
+        a = self.input_form(options, recorded, shape).flatten(0, 1)
         g = self._positions_last(grads).unflatten(2, (groups, -1)).transpose(1, 2)
-        products = _per_datum_product(g.flatten(0, 1), a.mT)
+        products = _per_datum_product(g.flatten(0, 1), a)
         return (
             products.unflatten(0, (batch, groups)).transpose(1, 2).reshape(batch, columns, *shape)
         )
@@ -185,6 +229,15 @@ class Conv(Rule):
         positions = grads[0, 0].numel() // shape[0]
         unfolded = options.groups * math.prod(shape[1:]) * positions
         return _fitting(grads.shape[1] * shape.numel() + unfolded, grads)
+
+    def input_form(self, options, recorded, shape) -> Tensor:
+        """See `Rule.input_form`."""
+        a = self._padded(options, recorded)
+        return self._unfolded(options, a, shape).unflatten(1, (options.groups, -1)).mT
+
+    def output_form(self, options, grads, shape) -> Tensor:
+        """See `Rule.output_form`."""
+        return self._positions_last(grads).unflatten(2, (options.groups, -1)).mT
 
     def _by_convolution(self, options, recorded, grads, shape) -> bool:
         # With several columns the unfolded input is shared by all, and the product is large.
@@ -205,6 +258,11 @@ class Conv(Rule):
             )[1]  # fmt: skip
 
         return vmap(of_one_datum)(a, g)
+
+    def _padded(self, options, recorded) -> Tensor:
+        """The images, with what padding="same" adds on one side."""
+        a = self._images(recorded, lead=1)
+        return F.pad(a, options.extra) if any(options.extra) else a
 
     def _unfolded(self, options, a, shape) -> Tensor:
         """`[batch, channels · kernel, images · positions]`."""
@@ -231,8 +289,111 @@ class Conv(Rule):
         return [value] * self.dims if isinstance(value, int) else _repeat(value, self.dims)
 
 
+class MatrixProduct(Linear):
+    """`input @ weight` with a matrix as weight: a Linear map by its transpose."""
+
+    name = "matmul"
+    transposed = True
+
+    def arrange(self, arguments, is_leaf) -> Arguments | None:
+        """See `Rule.arrange`."""
+        left, right = arguments["input"], arguments["other"]
+        if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+            return None
+        if right.dim() != 2 or left.dim() == 0 or is_leaf(left):
+            return None
+        return {"input": left, "weight": right, "bias": None}
+
+    def forward(self, func, arguments) -> tuple[Tensor, Tensor]:
+        """See `Rule.forward`."""
+        return arguments["input"], func(arguments["input"], arguments["weight"])
+
+    def weight_gradients(self, options, recorded, grads, shape) -> Tensor:
+        """See `Rule.weight_gradients`."""
+        return super().weight_gradients(options, recorded, grads, _turned(shape)).mT
+
+    def weight_squares(self, options, recorded, grads, shape) -> Tensor:
+        """See `Rule.weight_squares`."""
+        if grads[0, 0].numel() != shape[1]:
+            return Rule.weight_squares(self, options, recorded, grads, shape)
+        return super().weight_squares(options, recorded, grads, _turned(shape)).T
+
+    def input_form(self, options, recorded, shape) -> Tensor:
+        """See `Rule.input_form`."""
+        return super().input_form(options, recorded, _turned(shape))
+
+    def output_form(self, options, grads, shape) -> Tensor:
+        """See `Rule.output_form`."""
+        return super().output_form(options, grads, _turned(shape))
+
+
+def _turned(shape: torch.Size) -> torch.Size:
+    return torch.Size((shape[1], shape[0]))
+
+
+class _Elementwise(Rule):
+    """A parameter and a tensor, one entry with one entry, with broadcasting."""
+
+    def arrange(self, arguments, is_leaf) -> Arguments | None:
+        """See `Rule.arrange`."""
+        left, right = arguments["input"], arguments["other"]
+        if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+            return None
+        if is_leaf(left) == is_leaf(right) or arguments.get("alpha", 1) != 1:
+            return None
+        if is_leaf(left):
+            left, right = right, left
+        return {"input": left, "weight": right, "bias": None}
+
+    def data_per_slice(self, options, recorded, grads, shape) -> int:
+        """See `Rule.data_per_slice`."""
+        return _fitting(grads[0].numel(), grads)
+
+
+class Added(_Elementwise):
+    """`input + weight`, such as a position embedding or a bias of one's own."""
+
+    name = "add"
+
+    def forward(self, func, arguments) -> tuple[Tensor, Tensor]:
+        """See `Rule.forward`."""
+        output = func(arguments["input"], arguments["weight"])
+        return output.new_empty(0), output
+
+    def weight_gradients(self, options, recorded, grads, shape) -> Tensor:
+        """See `Rule.weight_gradients`."""
+        return _summed_to(grads, shape)
+
+
+class Scaled(_Elementwise):
+    """`input * weight`, such as a gain of one's own."""
+
+    name = "mul"
+
+    def forward(self, func, arguments) -> tuple[Tensor, Tensor]:
+        """See `Rule.forward`."""
+        return arguments["input"], func(arguments["input"], arguments["weight"])
+
+    def weight_gradients(self, options, recorded, grads, shape) -> Tensor:
+        """See `Rule.weight_gradients`."""
+        missing = grads.dim() - 1 - recorded.dim()
+        a = recorded.reshape(recorded.shape[0], *(1,) * (missing + 1), *recorded.shape[1:])
+        return _summed_to(grads * a, shape)
+
+
+def _summed_to(grads: Tensor, shape: torch.Size) -> Tensor:
+    """`[batch, columns, *out]` summed over the axes along which a tensor of `shape` broadcasts."""
+    missing = grads.dim() - 2 - len(shape)
+    kept = (1,) * missing + tuple(shape)
+    axes = [i + 2 for i, size in enumerate(kept) if size == 1 and grads.shape[i + 2] != 1]
+    summed = grads.sum(axes, keepdim=True) if axes else grads
+    return summed.reshape(*grads.shape[:2], *shape)
+
+
 class Embedding(Rule):
     """`F.embedding` without `max_norm` (it writes to the weight) or frequency scaling."""
+
+    name = "embedding"
 
     def understands(self, arguments) -> bool:
         """See `Rule.understands`."""
@@ -254,11 +415,22 @@ class Embedding(Rule):
 
     def weight_squares(self, options, recorded, grads, shape) -> Tensor:
         """See `Rule.weight_squares`."""
+        tokens, sums = self.row_gradients(options, recorded, grads, shape)
+        return grads.new_zeros(shape).index_add_(0, tokens, sums.square().sum(1))
+
+    def row_gradients(
+        self, options: Any, recorded: Tensor, grads: Tensor, shape: torch.Size
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of the rows that each datum uses, and of no others.
+
+        Returns:
+            For each pair of a datum and a token in it, the token `[pairs]` and the gradient of
+            its row `[pairs, columns, size]`.
+        """
         rows, g = self._rows(options, recorded, grads, shape)
         used, place = rows.unique(return_inverse=True)
         sums = g.new_zeros(len(used), g.shape[1]).index_add_(0, place, g)
-        squares = sums.square().view(len(used), -1, shape[1]).sum(1)
-        return g.new_zeros(shape).index_add_(0, used % shape[0], squares)
+        return used % shape[0], sums.view(len(used), -1, shape[1])
 
     def _rows(self, padding_idx, recorded, grads, shape) -> tuple[Tensor, Tensor]:
         """Row datum · vocabulary + token of each position; its gradient, columns joined."""
@@ -276,6 +448,8 @@ _AFFINE = ("weight", "bias")
 
 class Norm(Rule):
     """Normalisation, then weight and bias elementwise; records the normalised input."""
+
+    name = "norm"
 
     def options(self, arguments) -> tuple[int, ...]:
         """The axes of the input that the parameters have."""
@@ -326,9 +500,12 @@ def _repeat(values: Any, dims: int) -> list[int]:
 # The signatures of the functions below; torch's own builtins do not tell theirs.
 def _linear(input, weight, bias=None): ...
 def _conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1): ...
+def _binary(input, other): ...
+def _add(input, other, *, alpha=1): ...
 
 
-_CONV = inspect.signature(_conv)
+_CONV, _BINARY = inspect.signature(_conv), inspect.signature(_binary)
+_ADD = inspect.signature(_add)
 RULES: dict[Callable[..., Any], tuple[Rule, inspect.Signature]] = {
     F.linear: (Linear(), inspect.signature(_linear)),
     F.conv1d: (Conv(1), _CONV),
@@ -340,18 +517,37 @@ RULES: dict[Callable[..., Any], tuple[Rule, inspect.Signature]] = {
     F.group_norm: (Norm(), inspect.signature(F.group_norm)),
     F.batch_norm: (Norm(), inspect.signature(F.batch_norm)),
     F.instance_norm: (Norm(), inspect.signature(F.instance_norm)),
+    torch.matmul: (MatrixProduct(), _BINARY),
+    torch.mm: (MatrixProduct(), _BINARY),
+    torch.Tensor.matmul: (MatrixProduct(), _BINARY),
+    torch.Tensor.mm: (MatrixProduct(), _BINARY),
+    torch.add: (Added(), _ADD),
+    torch.Tensor.add: (Added(), _ADD),
+    torch.mul: (Scaled(), _BINARY),
+    torch.Tensor.mul: (Scaled(), _BINARY),
 }
 """The known functions: every other use of a parameter takes the general path."""
 
 
 def bind(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    is_leaf: Callable[[Any], bool],
 ) -> tuple[Rule, Arguments] | None:
-    """The rule and the arguments of a call of a known function; None if it is unusual."""
+    """The rule and the arguments of a call of a known function; None if it is unusual.
+
+    Args:
+        func: one of `RULES`.
+        args: its arguments.
+        kwargs: its arguments by name.
+        is_leaf: whether an object is one of the parameters.
+    """
     rule, signature = RULES[func]
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError:
         return None
     bound.apply_defaults()
-    return (rule, bound.arguments) if rule.understands(bound.arguments) else None
+    arguments = rule.arrange(bound.arguments, is_leaf)
+    return None if arguments is None else (rule, arguments)

@@ -110,13 +110,14 @@ class LaplaceApproximation(SamplingMethod):
         data = common.OnDevice(data_loader, device, "data_loader")
         state = laplace.fit(model, data, likelihood=likelihood, curvature="empirical_fisher")
         num_data = float(state.num_data) if scale == "mean" else 1.0
-        fixed = _unused(model, state.curvature, data)
+        curvature = state.curvature.diagonal(model.params)
+        fixed = _unused(model, curvature, data)
         precision = {}
         for name, parameter in self.model.named_parameters():
-            if name in fixed or name not in state.curvature:
+            if name in fixed or name not in curvature:
                 precision[name] = torch.full_like(parameter.detach(), math.inf)
             else:
-                precision[name] = prior_precision + state.curvature[name] / num_data
+                precision[name] = prior_precision + curvature[name] / num_data
         self.mean = trees.clone(dict(self.model.named_parameters()))
         self.posterior_precision = precision
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from funcbayes.core import likelihoods, random, trees
 from funcbayes.core.random import Key
 from funcbayes.core.trees import TensorTree
+from funcbayes.curvature import Block, Curvature, DiagonalBlock
 from funcbayes.extras import needs_extra
 from funcbayes.inference import swag
 from funcbayes.inference.ensemble import EnsembleState
@@ -527,7 +528,11 @@ def _states(
     wide = trees.tree_map(lambda p: p.to(torch.promote_types(p.dtype, torch.float32)), centre)
     loss = draw(tensors((), dtype=trees.leaves(wide)[0].dtype, scales=(1e-3, 1e4)))
     num_data = torch.tensor(draw(st.integers(1, 10_000)))
-    return LaplaceState(centre, _like(draw, wide, scales, positive=True), num_data, loss)
+    diagonal = trees.leaves(_like(draw, wide, scales, positive=True))
+    blocks: dict[tuple[str, ...], Block] = {
+        (name,): DiagonalBlock(h) for name, h in zip(trees.names(centre), diagonal, strict=True)
+    }
+    return LaplaceState(centre, Curvature(blocks), num_data, loss, ())
 
 
 def _stacked_constants(constants: Mapping[str, Tensor], num: int) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Normal
+from torch.distributions import Poisson as TorchPoisson
 from torch.func import grad, hessian, jvp, vmap
 
 from funcbayes.core.likelihoods import (
@@ -16,6 +17,8 @@ from funcbayes.core.likelihoods import (
     Gaussian,
     HeteroscedasticGaussian,
     Likelihood,
+    Poisson,
+    hessian_root,
 )
 
 F64 = torch.float64
@@ -52,6 +55,10 @@ CASES = {
     ),
     "bernoulli-column": (Bernoulli(), rand(5, 1), randint(2, 5)),
     "bernoulli-labels": (Bernoulli(), rand(5, 3), randint(2, 5, 3).bool()),
+    "poisson": (Poisson(), rand(5), randint(9, 5)),
+    "poisson-column": (Poisson(), 2 * rand(5, 1), randint(40, 5)),
+    "poisson-outputs": (Poisson(), 2 * rand(4, 3), randint(40, 4, 3).to(F64)),
+    "poisson-positions": (Poisson(), rand(3, 2, 2) + 3, randint(40, 3, 2, 2)),
     "gaussian": (Gaussian(noise_std=0.3), rand(5), rand(5, seed=1)),
     "gaussian-column": (Gaussian(noise_std=2), rand(5, 1), rand(5, seed=1)),
     "gaussian-per-output": (
@@ -79,6 +86,8 @@ def reference(likelihood, outputs):
         return TorchCategorical(logits=logits)
     if isinstance(likelihood, Bernoulli):
         return TorchBernoulli(logits=outputs / likelihood.temperature)
+    if isinstance(likelihood, Poisson):
+        return TorchPoisson(outputs.exp())
     if isinstance(likelihood, Gaussian):
         return Normal(outputs, torch.as_tensor(likelihood.noise_std, dtype=outputs.dtype))
     mean, log_var = outputs.chunk(2, -1)
@@ -137,7 +146,12 @@ def test_moments_equal_torch_distributions(name):
 @cases
 def test_entropies_equal_torch_distributions(name):
     likelihood, outputs, targets = CASES[name]
-    expected = reference(likelihood, outputs).entropy()
+    dist = reference(likelihood, outputs)
+    if isinstance(likelihood, Poisson):  # which torch has no entropy of
+        log_probs = dist.log_prob(torch.arange(500.0, dtype=F64).view(-1, *[1] * outputs.ndim))
+        expected = -(log_probs.exp() * log_probs).sum(0)
+    else:
+        expected = dist.entropy()
     if isinstance(likelihood, Gaussian | HeteroscedasticGaussian) and expected.ndim > 1:
         expected = expected.sum(-1)
     torch.testing.assert_close(likelihood.entropy(outputs), expected, **TOL)
@@ -217,6 +231,52 @@ def test_root_equals_autograd_hessian(name):
         expected = autograd_hessian(likelihood, outputs, targets)
     # autograd's own Hessian of log_softmax is good to a few roundings of p.
     torch.testing.assert_close(outer(root), expected, rtol=1e-10, atol=1e-13)
+
+
+def all_targets(likelihood, outputs):
+    """Targets `[values, *shape]`, the same for all data, and probabilities `[values, batch]`."""
+    if isinstance(likelihood, Categorical):
+        classes = torch.arange(outputs.shape[1])
+        return classes[:, None].expand(-1, len(outputs)), likelihood.inverse_link(outputs).T
+    labels = torch.cartesian_prod(*[torch.tensor([0, 1])] * outputs.shape[1])
+    p = likelihood.inverse_link(outputs)
+    probs = torch.where(labels[:, None, :] == 1, p, 1 - p).prod(-1)
+    return labels[:, None].expand(-1, len(outputs), -1), probs
+
+
+@pytest.mark.parametrize("name", ["categorical", "categorical-tempered", "bernoulli-labels"])
+def test_root_is_that_of_the_fisher_by_enumeration_too(name):
+    # E[g gᵀ] over all targets, each with its probability: no second derivative in it.
+    likelihood, outputs, _ = CASES[name]
+    targets, probs = all_targets(likelihood, outputs)
+    g = torch.stack([grad(lambda f, y=y: likelihood.nll(f, y).sum())(outputs) for y in targets])
+    fisher = torch.einsum("tn,tni,tnj->nij", probs, g, g)
+    torch.testing.assert_close(outer(likelihood.hessian_root(outputs)), fisher, **TOL)
+
+
+@cases
+def test_root_of_any_likelihood_takes_targets_or_leaves_them(name):
+    likelihood, outputs, targets = CASES[name]
+    root = hessian_root(likelihood, outputs, targets)
+    assert torch.equal(root, likelihood.hessian_root(outputs))
+
+
+def test_labels_of_a_datum_are_independent():
+    # Multi-label: the nll is the sum of the labels', the joint probability the product, several
+    # labels may be 1, and the Hessian has nothing off the diagonal.
+    outputs, targets = rand(5, 3), randint(2, 5, 3)
+    likelihood = Bernoulli()
+    each = [likelihood.nll(outputs[:, i], targets[:, i]) for i in range(3)]
+    torch.testing.assert_close(likelihood.nll(outputs, targets), sum(each), **TOL)
+    labels, probs = all_targets(likelihood, outputs)
+    nll = torch.stack([likelihood.nll(outputs, y) for y in labels])
+    torch.testing.assert_close((-nll).exp(), probs, **TOL)
+    torch.testing.assert_close(probs.sum(0), torch.ones(5, dtype=F64), **TOL)
+    assert likelihood.hessian_root(outputs).shape == (3, 5, 3)
+    p = outputs.sigmoid()
+    want = (p * (1 - p)).diag_embed()
+    torch.testing.assert_close(outer(likelihood.hessian_root(outputs)), want, **TOL)
+    assert likelihood.entropy(outputs).shape == (5, 3)
 
 
 def test_categorical_root_is_one_column_a_class_less_one_and_position():
@@ -342,7 +402,7 @@ def test_normal_of_the_mixtures_moments_is_no_surer_than_the_components():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith(("gauss", "hetero"))])
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("categ", "bern"))])
 def test_half_precision_is_exact_at_logits_of_a_hundred(name, dtype):
     likelihood, outputs, targets = CASES[name]
     outputs = 100 * outputs.sign()  # exact in every dtype
@@ -359,7 +419,7 @@ def test_half_precision_is_exact_at_logits_of_a_hundred(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith(("gauss", "hetero"))])
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("categ", "bern"))])
 def test_gradients_are_finite_at_logits_of_a_hundred(name, dtype):
     likelihood, outputs, targets = CASES[name]
     for method, f in methods(likelihood, targets).items():
@@ -468,6 +528,33 @@ def test_noise_std_can_be_learnt_and_mapped_over():
     torch.testing.assert_close(vmap(loss)(grid), torch.stack([loss(s) for s in grid]), **TOL)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (2, 3)])
+def test_gradients_reach_a_noise_std_of_any_shape(shape):
+    outputs, targets = rand(4, 2, 3), rand(4, 2, 3, seed=1)
+    std = (rand(math.prod(shape), seed=2).reshape(shape) / 2).exp().requires_grad_()
+    Gaussian(noise_std=std).nll(outputs, targets).sum().backward()
+    # d/dσ of ½ (r/σ)² + log σ is 1/σ - r²/σ³, summed over all that share the σ.
+    slopes = 1 / std.detach() - (targets - outputs).square() / std.detach() ** 3
+    torch.testing.assert_close(std.grad, slopes.sum_to_size(shape), **TOL)
+
+
+def test_the_best_noise_std_is_the_root_mean_squared_residual():
+    outputs, targets = rand(50, 2), 3 * rand(50, 2, seed=1)
+    log_std = torch.zeros(2, dtype=F64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_std], max_iter=50, tolerance_grad=1e-12)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = Gaussian(noise_std=log_std.exp()).nll(outputs, targets).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    want = (targets - outputs).square().mean(0).sqrt()
+    # A minimum is found to about the root of a rounding.
+    torch.testing.assert_close(log_std.detach().exp(), want, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if "tempered" in n])
 def test_temperature_divides_the_logits_in_every_method(name):
     likelihood, outputs, targets = CASES[name]
@@ -564,7 +651,7 @@ def test_samples_are_targets_and_a_function_of_the_key(name):
     stacked = torch.stack([outputs, outputs])
     mapped = vmap(lambda f: likelihood.sample(3, f), randomness="same")(stacked)
     assert torch.equal(mapped, torch.stack([y, y]))
-    if not isinstance(likelihood, Categorical | Bernoulli):
+    if not isinstance(likelihood, Categorical | Bernoulli | Poisson):
         assert not torch.equal(y, likelihood.sample(4, outputs))
 
 
@@ -581,10 +668,13 @@ def test_sample_moments_are_those_of_the_likelihood(name):
     y = y.reshape(n, *mean.shape)
     z = (y.mean(0) - mean) / (variance / n).sqrt()
     assert z.abs().max() < 5
-    # Fourth moments: p(1-p)(1 - 4p(1-p)) of a label about its variance, 2v² of a normal.
+    # Fourth moments: p(1-p)(1 - 4p(1-p)) of a label about its variance, 2v² of a normal, 2v² + v
+    # of a count.
     spread = 2 * variance.square()
     if isinstance(likelihood, Categorical | Bernoulli):
         spread = variance * (1 - 4 * variance) + variance.square() / n
+    if isinstance(likelihood, Poisson):
+        spread = spread + variance
     z = (((y - mean).square().mean(0)) - variance) / (spread / n + 1e-30).sqrt()
     assert z.abs().max() < 5
 
@@ -799,6 +889,41 @@ NAN = torch.tensor([0.0, math.nan, math.inf, 1.0])
             INTS[None],
             ValueError,
             r"`targets` has shape \(1, 4\), expected \(4, 1\) for `outputs` of shape \(4, 1\)",
+        ),
+        bad(
+            Poisson(),
+            ROW[:, 0],
+            torch.tensor([3, -1, 0, -2]),
+            ValueError,
+            "`targets` holds 2 values of 4 that are no counts, such as -1, expected 0, 1, .*rate",
+        ),
+        bad(
+            Poisson(),
+            ROW[:, 0],
+            torch.tensor([0.0, 0.5, 1.0, 1.0]),
+            ValueError,
+            "`targets` holds 1 values of 4 that are no counts, such as 0.5, .* Gaussian",
+        ),
+        bad(
+            Poisson(),
+            ROW[:, 0],
+            NAN,
+            ValueError,
+            "`targets` holds 2 values of 4 that are no counts, such as nan",
+        ),
+        bad(
+            Poisson(),
+            ROW[:, 0],
+            INTS.bool(),
+            ValueError,
+            r"`targets` has dtype torch.bool, expected counts .*: use Bernoulli\(\) for yes-or-no",
+        ),
+        bad(
+            Poisson(),
+            ROW[:, :2],
+            INTS,
+            ValueError,
+            r"`targets` has shape \(4,\), expected \(4, 2\) .*: one count for each output",
         ),
         bad(
             Gaussian(),

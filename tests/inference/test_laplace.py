@@ -34,6 +34,10 @@ def fitted(**options):
     )
 
 
+def diagonal_of(state):
+    return state.curvature.diagonal(state.mean)
+
+
 def assert_states_close(a, b):
     for x, y in zip(trees.leaves(a), trees.leaves(b), strict=True):
         torch.testing.assert_close(x, y)
@@ -47,11 +51,53 @@ def test_fit_is_curvature_loss_and_count(kind):
         model, [(x[:5], y[:5]), (x[5:], y[5:])], likelihood=likelihood, curvature=kind
     )
     expected = getattr(curvature, kind)(model, (x, y), likelihood)
-    assert_states_close(
-        state,
-        LaplaceState(
-            model.params, expected, torch.tensor(N), likelihood.nll(net(x), y).sum().detach()
-        ),
+    loss = likelihood.nll(net(x), y).sum().detach()
+    assert_states_close(state, LaplaceState(model.params, expected, torch.tensor(N), loss, ()))
+
+
+def test_a_likelihood_without_noise_leaves_none():
+    assert fitted().noise == ()
+
+
+def regression(std, kind, *, per_output_noise=False, structure="dense"):
+    net, x, _ = problem()
+    targets = torch.linspace(-1, 2, 2 * N, dtype=torch.float64).reshape(N, 2).sin()
+    return laplace.fit(
+        Model.from_module(net),
+        [(x[:5], targets[:5]), (x[5:], targets[5:])],
+        likelihood=likelihoods.Gaussian(noise_std=std),
+        curvature=kind,
+        structure=structure,
+        per_output_noise=per_output_noise,
+    )
+
+
+@pytest.mark.parametrize("kind", ["ggn", "empirical_fisher"])
+@pytest.mark.parametrize("structure", ["diagonal", "dense", "kronecker"])
+def test_noise_changed_after_the_fit_is_noise_at_the_fit(kind, structure):
+    changed, fitted = (regression(std, kind, structure=structure) for std in (0.5, 0.8))
+    found = laplace.posterior(changed, noise_std=0.8)
+    torch.testing.assert_close(found.variance, laplace.posterior(fitted).variance)
+    torch.testing.assert_close(
+        laplace.log_marginal_likelihood(changed, noise_std=0.8),
+        laplace.log_marginal_likelihood(fitted),
+    )
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "dense", "kronecker", "ekfac"])
+def test_noise_of_each_output_changed_after_the_fit_is_noise_at_the_fit(structure):
+    std = torch.tensor([0.8, 0.3], dtype=torch.float64)
+    options = {"per_output_noise": True, "structure": structure}
+    changed, fitted = (regression(s, "ggn", **options) for s in (0.5, std))
+    found = laplace.log_marginal_likelihood(changed, noise_std=std)
+    if structure == "ekfac":
+        # The eigenvectors are those at the fit: another approximation at another noise, and
+        # the same at the same.
+        std, fitted = 0.5, regression(0.5, "ggn", structure=structure)
+        found = laplace.log_marginal_likelihood(changed, noise_std=std)
+    torch.testing.assert_close(found, laplace.log_marginal_likelihood(fitted))
+    torch.testing.assert_close(
+        laplace.posterior(changed, noise_std=std).variance, laplace.posterior(fitted).variance
     )
 
 
@@ -85,6 +131,32 @@ def test_linear_gaussian_model_has_its_exact_posterior_and_evidence():
     exact = torch.distributions.MultivariateNormal(torch.zeros(len(y)).double(), marginal)
     evidence = laplace.log_marginal_likelihood(state, prior_precision=prior)
     torch.testing.assert_close(evidence, exact.log_prob(y.squeeze(1)))
+
+
+@pytest.mark.parametrize("structure", ["dense", "block_diagonal"])
+def test_correlated_linear_gaussian_model_has_its_exact_posterior_and_evidence(structure):
+    torch.manual_seed(2)
+    features, y = torch.randn(30, 4).double(), torch.randn(30, 1).double()
+    prior = torch.tensor([0.5, 1.0, 2.0, 4.0]).double()
+    for std in (0.7, 1.3):
+        covariance = torch.linalg.inv(features.T @ features / std**2 + torch.diag(prior))
+        mean = covariance @ features.T @ y / std**2
+        model = Model(apply=lambda w, x: x @ w.unsqueeze(1), params=mean.squeeze(1))
+        # Fitted at another noise, and moved to this one.
+        state = laplace.fit(
+            model,
+            (features, y),
+            likelihood=likelihoods.Gaussian(noise_std=0.7),
+            structure=structure,
+        )
+        posterior = laplace.posterior(state, prior_precision=prior, noise_std=std)
+        (factor,) = posterior.factors.values()
+        rows = factor.scale(torch.eye(4).double())
+        torch.testing.assert_close(rows.T @ rows, covariance)
+        marginal = std**2 * torch.eye(len(y)) + features @ torch.diag(1 / prior) @ features.T
+        exact = torch.distributions.MultivariateNormal(torch.zeros(len(y)).double(), marginal)
+        found = laplace.log_marginal_likelihood(state, prior_precision=prior, noise_std=std)
+        torch.testing.assert_close(found, exact.log_prob(y.squeeze(1)))
 
 
 @given(cuts=st.sets(st.integers(1, N - 1)))
@@ -133,7 +205,7 @@ def test_posterior_precision_is_tempered_curvature_plus_prior(prior, temperature
     posterior = laplace.posterior(state, prior_precision=prior, temperature=temperature)
     for name, std in posterior.std.items():
         value = prior[name] if isinstance(prior, dict) else prior
-        torch.testing.assert_close(1 / std.square(), state.curvature[name] / temperature + value)
+        torch.testing.assert_close(1 / std.square(), diagonal_of(state)[name] / temperature + value)
         assert torch.equal(posterior.mean[name], state.mean[name])
     assert_states_close(state, before)
 
@@ -154,7 +226,7 @@ def test_evidence_is_differentiable_and_its_gradient_is_right():
 @pytest.mark.parametrize("temperature", [1.0, 0.25])
 def test_evidence_equals_the_formula_over_flat_vectors(temperature):
     state, prior = fitted(), PRIORS["full"](fitted())
-    h, p0, theta = (trees.ravel(tree) for tree in (state.curvature, prior, state.mean))
+    h, p0, theta = (trees.ravel(tree) for tree in (diagonal_of(state), prior, state.mean))
     precision = torch.diag(h / temperature + p0)
     expected = -state.loss / temperature - 0.5 * (
         torch.logdet(precision) - torch.logdet(torch.diag(p0.double())) + theta @ (p0 * theta)
@@ -178,7 +250,7 @@ def test_posterior_is_differentiable_in_the_prior():
     total = sum(leaf.sum() for leaf in laplace.posterior(state, prior_precision=prior).std.values())
     (gradient,) = torch.autograd.grad(total, prior)
     # d/dp (h + p)^(-1/2) = -½ (h + p)^(-3/2)
-    expected = sum((-0.5 * (h + 2).pow(-1.5)).sum() for h in state.curvature.values())
+    expected = sum((-0.5 * (h + 2).pow(-1.5)).sum() for h in diagonal_of(state).values())
     torch.testing.assert_close(gradient, expected)
 
 
@@ -213,7 +285,7 @@ def test_low_precision_parameters_keep_their_dtype():
         (x.bfloat16(), y),
         likelihood=likelihoods.Categorical(),
     )
-    assert {leaf.dtype for leaf in state.curvature.values()} == {torch.float32}
+    assert {leaf.dtype for leaf in trees.leaves(state.curvature)} == {torch.float32}
     posterior = laplace.posterior(state)
     assert {leaf.dtype for leaf in trees.leaves(posterior)} == {torch.bfloat16}
     assert laplace.log_marginal_likelihood(state).dtype == torch.float32
@@ -223,10 +295,10 @@ def test_frozen_parameters_have_no_posterior():
     net, x, y = problem()
     model = Model.from_module(net, bayesian=lambda name: name.startswith("2."))
     state = laplace.fit(model, (x, y), likelihood=likelihoods.Categorical())
-    assert set(state.curvature) == {"2.weight", "2.bias"}
-    whole = fitted()
-    for name, leaf in state.curvature.items():
-        torch.testing.assert_close(leaf, whole.curvature[name])
+    assert list(state.curvature.blocks) == [("2.weight",), ("2.bias",)]
+    whole = diagonal_of(fitted())
+    for name, leaf in diagonal_of(state).items():
+        torch.testing.assert_close(leaf, whole[name])
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -277,7 +349,7 @@ def test_bad_leaves_of_a_prior_are_named():
     ("options", "match"),
     [
         ({"curvature": "fisher"}, r"`curvature` is 'fisher', expected one of \"ggn\""),
-        ({"structure": "dense"}, r"`structure` is 'dense', expected one of \"diagonal\""),
+        ({"structure": "full"}, r"`structure` is 'full', expected one of \"diagonal\""),
         ({"data": []}, r"`data` yielded no data"),
         ({"data": (torch.zeros(2, 3), torch.zeros(2))}, r"`targets` has dtype torch.float32"),
     ],

@@ -204,8 +204,10 @@ def _fisher(setting: Setting) -> Plan:
     def differ(ours: dict[str, Tensor], theirs: list[Tensor]) -> str | None:
         return tensor_difference(flat(ours.values()), flat(theirs), setting.tolerance)
 
-    sides = {LOOP: loop, DEFAULT: lambda: empirical_fisher(model, (x, y), Categorical())}
-    return Plan(sides, differ)
+    def ours() -> dict[str, Tensor]:
+        return empirical_fisher(model, (x, y), Categorical()).diagonal(model.params)
+
+    return Plan({LOOP: loop, DEFAULT: ours}, differ)
 
 
 def _ensemble(setting: Setting) -> Plan:

@@ -1,6 +1,6 @@
 """The interface of a likelihood."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -22,6 +22,25 @@ def check_likelihood(likelihood: object) -> None:
         )
 
 
+def hessian_root(likelihood: Any, outputs: Any, targets: Any) -> Any:
+    """Columns r_c with Λ = Σ_c r_c r_cᵀ for each datum; what the GGN takes from any likelihood.
+
+    `likelihood.hessian_root(outputs, targets)` where the likelihood has an attribute
+    `hessian_needs_targets` that is True, `likelihood.hessian_root(outputs)` otherwise.
+
+    Args:
+        likelihood: of this module, or one's own.
+        outputs: raw outputs of the network, `[batch, *out]`.
+        targets: what `likelihood.nll` takes beside them.
+
+    Returns:
+        `[columns, *outputs.shape]`.
+    """
+    if getattr(likelihood, "hessian_needs_targets", False):
+        return likelihood.hessian_root(outputs, targets)
+    return likelihood.hessian_root(outputs)
+
+
 @runtime_checkable
 class Likelihood(Protocol):
     """The interface of a likelihood; write one's own with these methods.
@@ -29,6 +48,11 @@ class Likelihood(Protocol):
     `outputs` is `[batch, *out]`; `*mean` stands for the axes of `inverse_link(outputs)` after the
     batch axis, usually `*out`. Except for `check`, the methods are pure functions that must work
     under `torch.func` transforms, with a batch of one too.
+
+    A likelihood whose `hessian_root` cannot do without the targets says so by a class attribute
+    `hessian_needs_targets = True`, and takes them as a second argument (see the function
+    `hessian_root`). Where only the negative log likelihood is known, `NegativeLogLikelihood`
+    makes a likelihood of it.
     """
 
     def check(self, outputs: object, targets: object) -> None:
@@ -124,7 +148,8 @@ class Likelihood(Protocol):
         """Columns r_c with Λ = Σ_c r_c r_cᵀ for each datum, Λ the Hessian of `nll` in outputs.
 
         The exact middle factor of the generalised Gauss-Newton matrix JᵀΛJ. Where the Hessian
-        depends on the targets, Λ is its expectation over them (the Fisher).
+        depends on the targets, Λ is its expectation over them (the Fisher), unless
+        `hessian_needs_targets`.
 
         Args:
             outputs: raw outputs of the network, `[batch, *out]`.

@@ -30,6 +30,10 @@ from funcbayes.core.random import KeyLike
 class Bernoulli:
     """A yes-or-no label for each output, from one logit each: sigmoid(outputs / temperature).
 
+    One output a datum is binary classification. `[batch, labels]` outputs are multi-label
+    classification: given the outputs the labels are independent, any number of them may be 1, and
+    `nll` is the sum over a datum's labels.
+
     Outputs `[batch, *out]`, targets in {0, 1} of any real dtype with the same shape; a last axis
     of length one may be missing on either side. Each output is a distribution of its own, so
     entropies have the shape of `outputs`.

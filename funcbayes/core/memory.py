@@ -1,0 +1,34 @@
+"""How much memory there is, asked before it is taken."""
+
+import os
+
+import torch
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can be had on a device without swapping, by estimate.
+
+    Args:
+        device: CPU or CUDA; for others there is no telling, and the answer is very large.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return 2**62
+    found = [2**62]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    found.append(int(line.split()[1]) * 1024)
+    except OSError:  # not Linux
+        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(found)
+
+
+def gigabytes(num_bytes: float) -> str:
+    """A number of bytes for a message."""
+    if num_bytes < 1e8:
+        return f"{num_bytes / 1e6:.3g} MB"
+    return f"{num_bytes / 1e9:.3g} GB"

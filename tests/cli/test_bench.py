@@ -127,7 +127,15 @@ def test_a_side_that_computes_something_else_is_found(job, monkeypatch):
     if job in ("swag", "dropout"):
         spoil("predict", lambda prediction: (2 * prediction.mean, prediction.variance))
     elif job == "fisher":
-        spoil("empirical_fisher", lambda tree: {name: 1.01 * x for name, x in tree.items()})
+        spoil(
+            "empirical_fisher",
+            lambda fisher: fisher._replace(
+                blocks={
+                    names: block._replace(values=1.01 * block.values)
+                    for names, block in fisher.blocks.items()
+                }
+            ),
+        )
     else:
         good = jobs.ensemble.losses
         monkeypatch.setattr(

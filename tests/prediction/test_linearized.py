@@ -154,12 +154,12 @@ def test_links_agree_with_monte_carlo():
         model, fb.laplace.posterior(state, prior_precision=1000.0), x, likelihood=likelihood
     )
     sampled = found.probabilities("monte_carlo", key=0, num_samples=20_000)
-    # Approximations, at logit variances up to about 1; samples add 0.5 / √20 000 at most.
     for link in ("probit", "bridge", "bridge_normalized"):
         probs = found.probabilities(link)
         torch.testing.assert_close(probs.sum(-1), torch.ones(len(x)).double())
-        if link != "bridge_normalized":
-            assert float((probs - sampled).abs().max()) < 0.03, link
+    # An approximation, at logit variances up to about 1; samples add 0.5 / √20 000 at most.
+    # The bridge is none at variances as small as these: it does not tend to the softmax.
+    assert float((found.probabilities("probit") - sampled).abs().max()) < 0.03
 
 
 def test_the_bridge_by_its_formula():

@@ -1,99 +1,21 @@
 """What is timed: each cell does one job in several ways, the plain loop among them."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import funcbayes as fb
-from benchmarks import models, peers
+from benchmarks import models
+from benchmarks.curvature import plan_fisher, plan_ggn, plan_kfac, plan_linearized
 from benchmarks.peers import BASELINE
-from funcbayes.cli.bench.agreement import (
-    flat,
-    moments,
-    moments_difference,
-    prediction_difference,
-    tensor_difference,
-)
+from benchmarks.plans import AUTO, CLASS, FUNCTION, LOOP, STRATEGIES, Cell, Plan, Side
+from funcbayes.cli.bench.agreement import moments, moments_difference, prediction_difference
 
 NUM_SAMPLES = 20
-CLASS = "class"
-AUTO = "auto"
-STRATEGIES = ("vmap", "loop", "threads")
-# The sides that are ours: they must run and agree with the baseline. The last stands for
-# all of a cell's where it could not even be built.
-OURS = (CLASS, AUTO, "function", "step", *STRATEGIES, "funcbayes")
-
-
-class Side(NamedTuple):
-    """One way of doing a cell's job.
-
-    Attributes:
-        call: what is timed.
-        value: takes what `call` returned to the tensors that `Plan.agree` compares; not
-            timed. None: there is nothing to compare.
-    """
-
-    call: Callable[[], Any]
-    value: Callable[[Any], Any] | None = None
-
-
-@dataclass
-class Plan:
-    """A cell that is ready to run.
-
-    Attributes:
-        sides: by name, the baseline (where it is installed) first.
-        absent: sides that cannot run here, and why.
-        agree: how two values differ, or None where they are of one and the same quantity.
-        secondary: sides that may be timed in fewer rounds.
-        rivals: other libraries, the fastest of which is a second thing to compare with.
-    """
-
-    sides: dict[str, Side] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
-    agree: Callable[[Any, Any], str | None] | None = None
-    secondary: tuple[str, ...] = ()
-    rivals: tuple[str, ...] = ()
-
-    def add_peer(self, name: str, module: str, make: Callable[[Any], Side]) -> None:
-        """Adds a side of another library, or the reason why there is none."""
-        peer, reason = peers.load(module)
-        if peer is None:
-            self.absent[name] = reason
-            return
-        try:
-            self.sides[name] = make(peer)
-        except Exception as error:
-            self.absent[name] = peers.one_line(error)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A job.
-
-    Attributes:
-        name: group, method, model and size, joined by slashes.
-        plan: builds it; True for a toy size, which the tests use.
-        seconds: time to spend on it.
-        in_quick: whether a quick run has it.
-        memory: sides whose peak memory is measured, each in its own process.
-    """
-
-    name: str
-    plan: Callable[[bool], Plan]
-    seconds: float
-    in_quick: bool = True
-    memory: tuple[str, ...] = ()
-
-    @property
-    def group(self) -> str:
-        return self.name.split("/")[0]
 
 
 # Prediction with sampled weights
@@ -219,129 +141,6 @@ def plan_dropout(model_name: str, num: int, toy: bool) -> Plan:
     return plan
 
 
-# Diagonal Fisher
-
-
-class OneBatch:
-    """A loader of one batch that is collated already, with the `dataset` that some ask for."""
-
-    def __init__(self, x: Tensor, y: Tensor):
-        self.dataset = range(len(x))
-        self.batch = (x, y)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter([self.batch])
-
-    def __len__(self) -> int:
-        return 1
-
-
-def plan_fisher(model_name: str, num: int, toy: bool) -> Plan:
-    num = 4 if toy else num
-    net = models.build(model_name, toy=toy)
-    x, y = models.inputs(model_name, num, toy=toy)
-    loader = OneBatch(x, y)
-    # On the ResNet, either side's largest entries are off their values in float64 by a per cent,
-    # where the two agree to 1e-15 (measured); elsewhere float32 keeps the usual tolerance.
-    loose = model_name.startswith("resnet")
-    plan = Plan(agree=partial(tensor_difference, tolerance=1e-2 if loose else 1e-3))
-
-    def class_side(library, prior_precision: float) -> Side:
-        laplace = library.LaplaceApproximation(copy.deepcopy(net), prior_precision=prior_precision)
-
-        def fit():
-            laplace.fit(loader, device="cpu")
-            return laplace.posterior_precision
-
-        return Side(fit, lambda precision: num * flat(precision.values()))
-
-    # A prior precision of 1 would drown the Fisher's small entries in float32; ours
-    # refuses 0.
-    plan.add_peer(BASELINE, "incerto.bayesian", partial(class_side, prior_precision=0.0))
-    plan.sides[CLASS] = class_side(fb, prior_precision=1e-20)
-    model = fb.Model.from_module(net)
-    plan.sides["function"] = Side(
-        lambda: fb.laplace.fit(
-            model, loader, likelihood=fb.likelihoods.Categorical(), curvature="empirical_fisher"
-        ),
-        lambda state: flat(state.curvature.diagonal(model.params).values()),
-    )
-
-    unit = copy.deepcopy(net)
-
-    def one_gradient():
-        unit.zero_grad()
-        F.cross_entropy(unit(x), y).backward()
-
-    plan.sides["one gradient"] = Side(one_gradient)
-    plan.add_peer("BackPACK", "backpack", lambda backpack: backpack_side(backpack, net, x, y))
-    for backend, module in (
-        ("CurvlinopsEF", "curvlinops"),
-        ("BackPackEF", "backpack"),
-        ("AsdlEF", "asdl"),
-    ):
-        plan.add_peer(
-            f"laplace-torch {backend}",
-            f"laplace.curvature.{module}",
-            lambda curvature, backend=backend: laplace_torch_side(
-                getattr(curvature, backend), net, loader
-            ),
-        )
-    if model_name == "mlp":
-        plan.add_peer("posteriors", "posteriors", lambda lib: posteriors_side(lib, net, x, y))
-    else:
-        # `jacrev` over the batch: one call would take longer than all other sides together.
-        plan.absent["posteriors"] = "left out: far slower than the plain loop"
-    own = {BASELINE, CLASS, "function", "one gradient"}
-    plan.rivals = plan.secondary = tuple(name for name in plan.sides if name not in own)
-    return plan
-
-
-def backpack_side(backpack, net: nn.Module, x: Tensor, y: Tensor) -> Side:
-    extensions, _ = peers.load("backpack.extensions")
-    if any(isinstance(module, nn.TransformerEncoder) for module in net.modules()):
-        raise TypeError("BackPACK has no rule for attention")
-    theirs = backpack.extend(copy.deepcopy(net))
-    loss_function = backpack.extend(nn.CrossEntropyLoss(reduction="sum"))
-
-    def call():
-        theirs.zero_grad()
-        loss = loss_function(theirs(x), y)
-        with backpack.backpack(extensions.SumGradSquared()):
-            loss.backward()
-        return [p.sum_grad_squared for p in theirs.parameters()]
-
-    return Side(call, flat)
-
-
-def laplace_torch_side(backend, net: nn.Module, loader: OneBatch) -> Side:
-    laplace, _ = peers.load("laplace")
-    theirs = laplace.DiagLaplace(copy.deepcopy(net), "classification", backend=backend)
-
-    def call():
-        theirs.fit(loader)
-        return theirs.H
-
-    return Side(call, lambda values: values.detach())
-
-
-def posteriors_side(posteriors, net: nn.Module, x: Tensor, y: Tensor) -> Side:
-    theirs = copy.deepcopy(net)
-    params = {name: p.detach() for name, p in theirs.named_parameters()}
-
-    def log_likelihood(params, batch):
-        inputs, labels = batch
-        logits = torch.func.functional_call(theirs, params, inputs)
-        return -F.cross_entropy(logits, labels, reduction="none"), torch.zeros(())
-
-    transform = posteriors.laplace.diag_fisher.build(log_likelihood, per_sample=True)
-
-    def call():
-        return transform.update(transform.init(params), (x, y))[0].prec_diag
-
-    return Side(call, lambda values: flat(values.values()))
-
-
 # Ensembles
 
 
@@ -427,7 +226,7 @@ def plan_ensemble_fit(model_name: str, num_members: int, num: int, toy: bool) ->
 
     plan.add_peer(BASELINE, "incerto.bayesian", incerto_side)
     model, state = fb.ensemble.from_modules(nets)
-    plan.sides["function"] = Side(
+    plan.sides[FUNCTION] = Side(
         lambda: fb.ensemble.fit(
             model,
             state,
@@ -491,9 +290,37 @@ def all_cells() -> list[Cell]:
                 f"fisher/{model_name}/N={num}",
                 partial(plan_fisher, model_name, num),
                 seconds=20,
-                memory=(BASELINE, "function"),
+                memory=(BASELINE, FUNCTION, "BackPACK"),
             )
         )
+        cells.append(
+            Cell(
+                f"ggn/{model_name}/N={num}",
+                partial(plan_ggn, model_name, num),
+                seconds=30,
+                in_quick=model_name == "mlp",
+                memory=(LOOP, FUNCTION, "BackPACK"),
+            )
+        )
+        cells.append(
+            Cell(
+                f"kfac/{model_name}/N={num}",
+                partial(plan_kfac, model_name, num),
+                seconds=30,
+                in_quick=model_name == "mlp",
+                memory=(FUNCTION, "laplace-torch CurvlinopsGGN"),
+            )
+        )
+        for structure in ("diagonal", "kronecker", "last-layer"):
+            cells.append(
+                Cell(
+                    f"linearized/{structure}/{model_name}/N=16",
+                    partial(plan_linearized, model_name, structure, 16),
+                    seconds=20,
+                    in_quick=model_name == "mlp",
+                    memory=(FUNCTION, "laplace-torch"),
+                )
+            )
     for model_name, num_members, sizes in (
         ("small-mlp", 5, (1, 16, 128)),
         ("small-mlp", 20, (1, 16, 128)),

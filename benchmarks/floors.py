@@ -1,13 +1,14 @@
 """The ratios under which a cell may not fall, and what prototypes reached."""
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from benchmarks.cells import AUTO, CLASS
+from benchmarks.plans import AUTO, CLASS, DECOMPOSED, FUNCTION
 
 
 class Floor(NamedTuple):
-    """A least ratio to the plain loop, for some sides of all cells whose name fits."""
+    """A least ratio for some sides of all cells whose name fits."""
 
     cells: str
     sides: tuple[str, ...]
@@ -17,8 +18,17 @@ class Floor(NamedTuple):
 FLOORS = (
     Floor("predict/*", (CLASS, AUTO), 1.0),
     Floor("dropout/resnet-w16/*", (CLASS, AUTO), 12.0),
-    Floor("fisher/mlp/*", (CLASS, "function"), 20.0),
+    Floor("fisher/mlp/*", (CLASS, FUNCTION), 20.0),
 )
+"""To the plain loop."""
+
+RIVAL_FLOORS = (
+    Floor("fisher/*", (FUNCTION,), 1.0),
+    Floor("ggn/*", (FUNCTION,), 1.0),
+    Floor("kfac/*", (FUNCTION, DECOMPOSED), 1.0),
+    Floor("linearized/*", (FUNCTION,), 1.0),
+)
+"""To the fastest other library."""
 
 # What prototypes reached before the library was written: nothing fails by it, the report
 # shows it beside what is reached now.
@@ -65,8 +75,17 @@ PROTOTYPES = {
 
 
 def floor_of(cell: str, side: str) -> float | None:
-    """The highest floor that holds for a side of a cell."""
-    fitting = [f.ratio for f in FLOORS if side in f.sides and fnmatchcase(cell, f.cells)]
+    """The highest floor to the plain loop that holds for a side of a cell."""
+    return _highest(FLOORS, cell, side)
+
+
+def rival_floor_of(cell: str, side: str) -> float | None:
+    """The same to the fastest other library."""
+    return _highest(RIVAL_FLOORS, cell, side)
+
+
+def _highest(floors: Sequence[Floor], cell: str, side: str) -> float | None:
+    fitting = [f.ratio for f in floors if side in f.sides and fnmatchcase(cell, f.cells)]
     return max(fitting, default=None)
 
 

@@ -6,8 +6,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import NUM_SAMPLES, OURS
+from benchmarks.cells import NUM_SAMPLES
 from benchmarks.peers import BASELINE
+from benchmarks.plans import OURS
 from benchmarks.running import ROOT, failures, unchecked
 from funcbayes.cli.bench.running import environment as machine
 
@@ -24,6 +25,9 @@ TITLES = {
     "predict": f"Prediction with sampled weights, {NUM_SAMPLES} samples",
     "dropout": f"Monte Carlo dropout, {NUM_SAMPLES} samples",
     "fisher": "Diagonal empirical Fisher of one batch",
+    "ggn": "Diagonal of the exact GGN of one batch",
+    "kfac": "Kronecker factors of the exact GGN of one batch",
+    "linearized": "Linearised predictive: means and covariances of the outputs",
     "ensemble-predict": "Ensembles: prediction",
     "ensemble-step": "Ensembles: one optimizer step of all members, batch of 64",
     "ensemble-fit": "Ensembles: training on ten batches of 64, from start to end",

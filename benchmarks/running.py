@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import OURS, STRATEGIES, Cell, Plan
-from benchmarks.floors import floor_of, prototype_of
+from benchmarks.floors import floor_of, prototype_of, rival_floor_of
 from benchmarks.memory import peak_memory
-from benchmarks.peers import BASELINE
+from benchmarks.plans import FUNCTION, OURS, STRATEGIES, Cell, Plan
 from funcbayes.cli.bench.timing import Timings, in_turn, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,8 +20,9 @@ def run(cell: Cell, *, quick: bool = False, toy: bool = False) -> dict[str, Any]
     Returns:
         `name`, `baseline`, `prototype` (the ratio that a prototype reached, or None) and
         `sides`: for each `seconds` and `ratio` (to the baseline; above 1 is faster), both
-        with median, quartiles and number of rounds; `rival` (for ours: the fastest other
-        library and the ratio to it), `floor`; or, for a side that was not timed, `absent`.
+        with median, quartiles and number of rounds, and the `floor` of the ratio; `rival`
+        (for ours: the fastest other library, the ratio to it, and its floor); or, for a side
+        that was not timed, `absent`.
         `disagrees` says where a side computed something else than the baseline.
     """
     try:
@@ -30,7 +30,7 @@ def run(cell: Cell, *, quick: bool = False, toy: bool = False) -> dict[str, Any]
     except Exception as error:
         return {
             "name": cell.name,
-            "baseline": BASELINE,
+            "baseline": None,
             "prototype": prototype_of(cell.name),
             "sides": {"funcbayes": {"absent": one_line(error)}},
         }
@@ -45,7 +45,7 @@ def run(cell: Cell, *, quick: bool = False, toy: bool = False) -> dict[str, Any]
     )
     return {
         "name": cell.name,
-        "baseline": BASELINE,
+        "baseline": plan.baseline,
         "prototype": prototype_of(cell.name),
         "sides": {
             name: _side(cell, plan, timings, name)
@@ -60,10 +60,10 @@ def _side(cell: Cell, plan: Plan, timings: Timings, name: str) -> dict[str, Any]
     if reason is not None:
         return {"absent": reason}
     side: dict[str, Any] = {"seconds": timings.of(name).as_data(), "ratio": None}
-    if BASELINE in timings.seconds and name != BASELINE:
-        side["ratio"] = timings.ratio(name, BASELINE).as_data()
+    if plan.baseline in timings.seconds and name != plan.baseline:
+        side["ratio"] = timings.ratio(name, plan.baseline).as_data()
         side["floor"] = floor_of(cell.name, name)
-    reference = BASELINE if BASELINE in timings.outputs else "function"
+    reference = plan.baseline if plan.baseline in timings.outputs else FUNCTION
     complaint = _complaint(plan, timings, name, reference)
     if complaint:
         side["disagrees"] = complaint
@@ -75,7 +75,11 @@ def _side(cell: Cell, plan: Plan, timings: Timings, name: str) -> dict[str, Any]
     ]
     if name in OURS and rivals:
         fastest = min(rivals, key=lambda rival: timings.of(rival).median)
-        side["rival"] = {"name": fastest, "ratio": timings.ratio(name, fastest).as_data()}
+        side["rival"] = {
+            "name": fastest,
+            "ratio": timings.ratio(name, fastest).as_data(),
+            "floor": rival_floor_of(cell.name, name),
+        }
     return side
 
 
@@ -121,15 +125,23 @@ def failures(cells: list[dict[str, Any]]) -> list[str]:
                 continue
             if "disagrees" in side:
                 lines.append(f"{where}: disagrees with the reference: {side['disagrees']}")
-            ratio, floor = side["ratio"], side.get("floor")
-            if ratio is not None and floor is not None and ratio["q3"] < floor:
-                lines.append(
-                    f"{where}: {ratio['median']:.3g} times the plain loop's speed "
-                    f"(quartiles {ratio['q1']:.3g} to {ratio['q3']:.3g}), floor {floor:g}"
-                )
+            rival = side.get("rival") or {}
+            for against, ratio, floor in (
+                ("the plain loop", side["ratio"], side.get("floor")),
+                (rival.get("name"), rival.get("ratio"), rival.get("floor")),
+            ):
+                if ratio is not None and floor is not None and ratio["q3"] < floor:
+                    lines.append(
+                        f"{where}: {ratio['median']:.3g} times the speed of {against}"
+                        f" (quartiles {ratio['q1']:.3g} to {ratio['q3']:.3g}), floor {floor:g}"
+                    )
     return lines
 
 
 def unchecked(cells: list[dict[str, Any]]) -> list[str]:
     """Cells with no ratio, for want of the baseline: no floor can hold or fail there."""
-    return [c["name"] for c in cells if "seconds" not in c["sides"].get(BASELINE, {})]
+    return [
+        cell["name"]
+        for cell in cells
+        if cell["baseline"] and "seconds" not in cell["sides"].get(cell["baseline"], {})
+    ]

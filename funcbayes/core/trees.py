@@ -282,3 +282,11 @@ def check_finite(tree: TensorTree, *, name: str) -> None:
                     f"`{name}{path}` has {bad} of {leaf.numel()} entries NaN or infinite, expected"
                     " finite numbers: did training diverge?"
                 )
+
+
+def signature(inputs: Any) -> Any:
+    """All that the plan of a forward pass depends on: not the values, not the number of data."""
+    return tuple(
+        (name, tuple(x.shape[1:]), x.dtype) if isinstance(x, Tensor) else (name, repr(x))
+        for name, x in leaves_with_names(inputs)
+    )

@@ -33,6 +33,7 @@ from funcbayes.core.likelihoods import (
     Categorical,
     Gaussian,
     Likelihood,
+    Poisson,
     check_likelihood,
     hessian_root,
 )
@@ -50,7 +51,7 @@ CHUNK_BYTES = 2**28
 WORTHWHILE_COLUMNS = 8
 
 # Their `nll` has the matrix of `hessian_root` as its Hessian, whatever the targets.
-_EXACT = (Bernoulli, Categorical, Gaussian)
+_EXACT = (Bernoulli, Categorical, Gaussian, Poisson)
 
 Columns = tuple[Tensor, ...]
 """For each chosen leaf `[columns, *shape]`."""
@@ -475,7 +476,7 @@ def _accumulate(
                 )
         with perturbation.undisturbed():
             x, y = perturbation.plain((x, y))
-            signature = ("product", problem.kind, problem.chosen, _signature(x))
+            signature = ("product", problem.kind, problem.chosen, trees.signature(x))
             plan: _Plan | None = scratch.plans.get(signature)
             if plan is None:
                 plan = _discover(problem, trees.tensor_map(lambda t: t[:1], x))
@@ -716,13 +717,6 @@ def _as_leaves(problem: _Problem, rows: Tensor) -> Columns:
 
 def _as_rows(columns: Columns, dtype: torch.dtype) -> Tensor:
     return torch.cat([leaf.detach().flatten(1).to(dtype) for leaf in columns], dim=1)
-
-
-def _signature(inputs: Any) -> Any:
-    return tuple(
-        (name, tuple(x.shape[1:]), x.dtype) if isinstance(x, Tensor) else (name, repr(x))
-        for name, x in trees.leaves_with_names(inputs)
-    )
 
 
 @contextmanager

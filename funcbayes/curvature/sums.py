@@ -15,7 +15,7 @@ from torch import Tensor
 from funcbayes.core import memory, random, trees
 from funcbayes.core.batching import is_out_of_memory
 from funcbayes.core.data import batch_size, batches
-from funcbayes.core.likelihoods import Gaussian, Likelihood, check_likelihood
+from funcbayes.core.likelihoods import Gaussian, Likelihood, check_likelihood, hessian_root
 from funcbayes.core.model import Model, check_model
 from funcbayes.core.random import Key, KeyLike
 from funcbayes.curvature import perturbation
@@ -46,6 +46,10 @@ SHARING = ("expand", "reduce")
 # Memory that one pass may take for activations and gradients, from which the number of data
 # at a time follows. Larger passes are no faster: they leave the cache at every operation.
 CHUNK_BYTES = 2**28
+
+# A curvature whose smallest eigenvalue is so far below 0, relative to the largest in magnitude,
+# is not positive but for rounding.
+_INDEFINITE = 1e-4
 
 
 class CurvatureSums(NamedTuple):
@@ -341,12 +345,15 @@ def curvature_sums(
         noise = sums.noise(per_output=per_output_noise)
     # A finite loss may have an infinite slope: the root of an output that is zero, for one.
     for own, block in blocks.items():
-        for part in block:
-            if not bool(torch.isfinite(part).all()):
-                raise ValueError(
-                    f"the curvature of {_listed(own)} is not finite: does a gradient overflow, or"
-                    " does the network take a root or a logarithm of 0?"
-                )
+        if all(bool(torch.isfinite(part).all()) for part in block):
+            continue
+        reason = "does a gradient overflow, or does the network take a root or a logarithm of 0?"
+        if getattr(likelihood, "hessian_needs_targets", False):
+            reason = (
+                "is the negative log likelihood convex in the outputs at every datum? A Hessian in"
+                " them with a negative eigenvalue has no root. Or " + reason
+            )
+        raise ValueError(f"the curvature of {_listed(own)} is not finite: {reason}")
     ordered = {group.names: blocks[group.names] for group in sums.groups}
     return CurvatureSums(Curvature(ordered), sums.loss, count, noise)
 
@@ -382,6 +389,16 @@ def _low_rank(
                 _listed(group.names),
                 info.num_products,
                 info.residual,
+            )
+        if info.smallest < -_INDEFINITE * float(values.abs().max()):
+            logger.warning(
+                "the Hessian of %s has negative eigenvalues (at most %.3g, the largest is %.3g),"
+                " which its %d largest leave out where they are smaller: train to a minimum, or use"
+                " the GGN",
+                _listed(group.names),
+                info.smallest,
+                float(values.abs().max()),
+                len(values),
             )
         parts.append(LowRankBlock(values.unsqueeze(0), vectors.unsqueeze(0)))
     if num_outputs is None:
@@ -470,7 +487,7 @@ class _Sums:
             _check_leading_axes(x, size, number)
             with perturbation.undisturbed():
                 x, y = perturbation.plain((x, y))
-                signature = ("curvature", _signature(x))
+                signature = ("curvature", trees.signature(x))
                 plan: Plan | None = plans.get(signature)
                 if plan is None:
                     one = trees.tensor_map(lambda t: t[:1], x)
@@ -570,9 +587,9 @@ class _Sums:
 
             return slopes, drawn
         if num is None:
-            return lambda outputs, y: _root(likelihood, outputs, y), y
+            return lambda outputs, y: hessian_root(likelihood, outputs, y), y
         assert key is not None
-        root = _root(likelihood, self.example, trees.tensor_map(lambda t: t[:1], y))
+        root = hessian_root(likelihood, self.example, trees.tensor_map(lambda t: t[:1], y))
         width = root.shape[0] * num
         size = batch_size(x)
         noise = random.normal_rows(
@@ -581,7 +598,10 @@ class _Sums:
 
         def combined(outputs: Any, extra: tuple[Any, Tensor]) -> Tensor:
             y, noise = extra
-            return torch.einsum("nsc,cn...->sn...", noise, _root(likelihood, outputs, y)) / num**0.5
+            return (
+                torch.einsum("nsc,cn...->sn...", noise, hessian_root(likelihood, outputs, y))
+                / num**0.5
+            )
 
         return combined, (y, noise)
 
@@ -666,13 +686,6 @@ class _Sums:
             return trees.stack(each) if self.per_output else each[0]
 
 
-def _root(likelihood: Any, outputs: Any, y: Any) -> Tensor:
-    """The columns of the root of Λ; one's own likelihood may need the targets for it."""
-    if getattr(likelihood, "hessian_needs_targets", False):
-        return likelihood.hessian_root(outputs, y)
-    return likelihood.hessian_root(outputs)
-
-
 def _slope(likelihood: Likelihood, outputs: Any, y: Any) -> Any:
     """The gradient of each datum's loss in the outputs."""
     with torch.enable_grad():
@@ -707,14 +720,6 @@ def _gradients(
 
 def _data_at_a_time(plan: Plan, columns: int) -> int:
     return max(1, CHUNK_BYTES // (plan.bytes_per_datum + (columns - 1) * plan.bytes_per_column + 1))
-
-
-def _signature(inputs: Any) -> Any:
-    """What the plan of a forward pass depends on: everything but the values of the tensors."""
-    return tuple(
-        (name, tuple(x.shape[1:]), x.dtype) if isinstance(x, Tensor) else (name, repr(x))
-        for name, x in trees.leaves_with_names(inputs)
-    )
 
 
 def _listed(names: Sequence[str]) -> str:

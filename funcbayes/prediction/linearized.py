@@ -259,8 +259,11 @@ class _Run(NamedTuple):
             if any(constant.is_inference() for constant in model.constants.values()):
                 constants = perturbation.plain(model.constants)
             plain_x = perturbation.plain(x)
-            one = trees.tensor_map(lambda t: t[:1], plain_x)
-            plan = perturbation.discover(model, leaves, one, constants)
+            signature = ("curvature", trees.signature(x))
+            plan: Plan | None = model._scratch.plans.get(signature)
+            if plan is None:
+                one = trees.tensor_map(lambda t: t[:1], plain_x)
+                plan = perturbation.discover(model, leaves, one, constants)
             example = plan.outputs
             if not isinstance(example, Tensor):
                 raise TypeError(
@@ -274,6 +277,7 @@ class _Run(NamedTuple):
                 plan = perturbation.examine(
                     model, leaves, plan, plain_x, None, constants, _Units(axis, 0, 1)
                 )
+            model._scratch.remember(signature, plan)
         groups, low_rank = _groups(posterior, trees.names(model.params))
         columns = max(num_classes, min(_COLUMNS, example[0].numel()))
         per_datum = plan.bytes_per_datum + (columns - 1) * plan.bytes_per_column + 1

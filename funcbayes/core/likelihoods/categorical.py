@@ -215,27 +215,22 @@ class Categorical:
         # Finite also for masked classes; a quarter of the range keeps the sums below finite.
         log_p = log_p.clamp_min(torch.finfo(log_p.dtype).min / 4)
         classes, positions = log_p.shape[-1], log_p.shape[1:-1]
-        i = torch.arange(classes, device=log_p.device)[:, None]
-        j = torch.arange(classes, device=log_p.device)[None, :]
-        log_q = log_p[..., None, :].masked_fill(j < i, -math.inf).logsumexp(-1)
+        log_q = log_p.flip(-1).logcumsumexp(-1).flip(-1)
 
         half = (log_p[..., :-1] - log_q[..., :-1] - log_q[..., 1:]) / 2
-        j = j[:, :-1]
-        log_root = torch.where(
-            i == j,
-            (half + log_q[..., 1:])[..., None, :],
-            log_p[..., :, None] + half[..., None, :],
-        )
-        # Above the diagonal the exponent may overflow: masked before exp, or its gradient is NaN.
-        root = log_root.masked_fill(i < j, -math.inf).exp()
-        root = torch.where(i == j, root, -root).movedim(-1, 0)  # [C - 1, batch, *positions, C]
-        root = tempered(root, self.temperature)
+        not_below = torch.ones(classes, classes - 1, dtype=torch.bool, device=log_p.device).triu()
+        # Elsewhere the exponent may overflow: masked before exp, or its gradient is NaN.
+        exponents = (log_p[..., :, None] + half[..., None, :]).masked_fill(not_below, -math.inf)
+        diagonal = (half + log_q[..., 1:]).exp()
+        root = torch.diagonal_scatter(-exponents.exp(), diagonal, 0, -2, -1)
+        root = tempered(root.movedim(-1, 0), self.temperature)  # [C - 1, batch, *positions, C]
 
         batch, num = len(outputs), math.prod(positions)
         root = root.reshape(classes - 1, batch, num, classes)
-        own = torch.eye(num, dtype=torch.bool, device=log_p.device)[:, None, None, :, None]
-        columns = torch.where(own, root, 0)  # [num, C - 1, batch, num, C]
-        columns = columns.reshape(num * (classes - 1), batch, *positions, classes)
+        if num > 1:
+            own = torch.eye(num, dtype=torch.bool, device=log_p.device)[:, None, None, :, None]
+            root = torch.where(own, root, 0)  # [num, C - 1, batch, num, C]
+        columns = root.reshape(num * (classes - 1), batch, *positions, classes)
         return columns.movedim(-1, axis + 1).to(outputs.dtype)
 
     def _class_axis(self, outputs: Tensor) -> int:

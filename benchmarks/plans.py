@@ -1,0 +1,88 @@
+"""A cell of the benchmark: one job, done in several ways."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from benchmarks import peers
+from benchmarks.peers import BASELINE
+
+CLASS = "class"
+AUTO = "auto"
+FUNCTION = "function"
+DECOMPOSED = "with eigenvalues"
+STRATEGIES = ("vmap", "loop", "threads")
+# The sides that are ours: they must run and agree with the baseline. The last stands for
+# all of a cell's where it could not even be built.
+OURS = (CLASS, AUTO, FUNCTION, DECOMPOSED, "step", *STRATEGIES, "funcbayes")
+# The baseline where the original classes lack the job.
+LOOP = "plain loop"
+
+
+class Side(NamedTuple):
+    """One way of doing a cell's job.
+
+    Attributes:
+        call: what is timed.
+        value: takes what `call` returned to the tensors that `Plan.agree` compares; not
+            timed. None: there is nothing to compare.
+    """
+
+    call: Callable[[], Any]
+    value: Callable[[Any], Any] | None = None
+
+
+@dataclass
+class Plan:
+    """A cell that is ready to run.
+
+    Attributes:
+        baseline: the side that ratios are taken to; None where there is no loop to compare
+            with, only other libraries.
+        sides: by name, the baseline (where it is installed) first.
+        absent: sides that cannot run here, and why.
+        agree: how two values differ, or None where they are of one and the same quantity.
+        secondary: sides that may be timed in fewer rounds.
+        rivals: other libraries, the fastest of which is a second thing to compare with.
+    """
+
+    baseline: str | None = BASELINE
+    sides: dict[str, Side] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    agree: Callable[[Any, Any], str | None] | None = None
+    secondary: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
+
+    def add_peer(self, name: str, module: str, make: Callable[[Any], Side]) -> None:
+        """Adds a side of another library, or the reason why there is none."""
+        peer, reason = peers.load(module)
+        if peer is None:
+            self.absent[name] = reason
+            return
+        try:
+            self.sides[name] = make(peer)
+        except Exception as error:
+            self.absent[name] = peers.one_line(error)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A job.
+
+    Attributes:
+        name: group, method, model and size, joined by slashes.
+        plan: builds it; True for a toy size, which the tests use.
+        seconds: time to spend on it.
+        in_quick: whether a quick run has it.
+        memory: sides whose peak memory is measured, each in its own process.
+    """
+
+    name: str
+    plan: Callable[[bool], Plan]
+    seconds: float
+    in_quick: bool = True
+    memory: tuple[str, ...] = ()
+
+    @property
+    def group(self) -> str:
+        return self.name.split("/")[0]

@@ -264,15 +264,22 @@ def _first(paths: Iterable[str], num: int = 5) -> str:
     return ", ".join(paths[:num]) + (", …" if len(paths) > num else "")
 
 
+def is_finite(leaf: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; reads values, so not for use in a transform."""
+    if not leaf.is_floating_point():
+        return True
+    # One pass without temporaries: a sum is finite only if every term is; it may overflow.
+    leaf = leaf.detach()
+    return math.isfinite(leaf.sum()) or bool(torch.isfinite(leaf).all())
+
+
 def check_finite(tree: TensorTree, *, name: str) -> None:
     """Checks that no leaf holds NaN or infinity; reads values, so not for use in a transform.
 
     Raises:
         ValueError: a leaf does; the message names it.
     """
-    # One pass without temporaries: a sum is finite only if every term is.
-    floats = [leaf.detach() for leaf in tensor_leaves(tree) if leaf.is_floating_point()]
-    if all(math.isfinite(leaf.sum()) for leaf in floats):
+    if all(map(is_finite, tensor_leaves(tree))):
         return
     for path, leaf in leaves_with_names(tree):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():

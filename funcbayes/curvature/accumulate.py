@@ -183,13 +183,25 @@ class Accumulator:
 
 class _Diagonal(Accumulator):
     def __init__(self, leaf: Tensor, dtype: torch.dtype) -> None:
-        self.total = torch.zeros_like(leaf, dtype=dtype, memory_format=torch.contiguous_format)
+        self.leaf, self.dtype = leaf, dtype
+        self.total: Tensor | None = None
 
     def add(self, leaves) -> None:
-        if leaves[0].used:
-            self.total += leaves[0].squares()
+        if not leaves[0].used:
+            return
+        squares = leaves[0].squares()
+        if self.total is None:
+            self.total = squares.contiguous()  # made for this sum alone
+        else:
+            self.total += squares
 
     def block(self) -> DiagonalBlock:
+        if self.total is None:
+            return DiagonalBlock(
+                torch.zeros_like(
+                    self.leaf, dtype=self.dtype, memory_format=torch.contiguous_format
+                )
+            )
         return DiagonalBlock(self.total)
 
 

@@ -107,7 +107,13 @@ class Rule:
 
 def sum_of_squares(grads: Tensor) -> Tensor:
     """Σ over data and columns of the squares of `[batch, columns, *shape]`."""
-    return grads.square().sum((0, 1))
+    return _squares(grads).sum(0)
+
+
+def _squares(grads: Tensor) -> Tensor:
+    """Σ over columns of the squares of `[batch, columns, *shape]`."""
+    squares = grads.square()
+    return squares[:, 0] if grads.shape[1] == 1 else squares.sum(1)
 
 
 def _fitting(numbers_per_datum: int, like: Tensor) -> int:
@@ -149,7 +155,7 @@ class Linear(Rule):
         if grads[0, 0].numel() != shape[0]:
             return super().weight_squares(options, recorded, grads, shape)
         # One position: (g_o a_i)² = g_o² a_i², so the columns add up before the product.
-        g = grads.square().sum(1).reshape(batch, shape[0])
+        g = _squares(grads).reshape(batch, shape[0])
         return g.T @ recorded.reshape(batch, shape[1]).square()
 
 

@@ -345,7 +345,7 @@ def curvature_sums(
         noise = sums.noise(per_output=per_output_noise)
     # A finite loss may have an infinite slope: the root of an output that is zero, for one.
     for own, block in blocks.items():
-        if all(bool(torch.isfinite(part).all()) for part in block):
+        if all(map(trees.is_finite, block)):
             continue
         reason = "does a gradient overflow, or does the network take a root or a logarithm of 0?"
         if getattr(likelihood, "hessian_needs_targets", False):

@@ -22,11 +22,11 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export NO_MKDOCS_2_WARNING := 1
 
 # Test workers share the cores: waiting threads should sleep, not spin.
-test-fast test-slow: export OMP_WAIT_POLICY := passive
+test-fast test-slow test-peers: export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-compile test-examples test-slow bench docs lint ruff pyright format clean
+.PHONY: help demo test test-fast test-compile test-examples test-slow test-peers bench docs lint ruff pyright format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -54,6 +54,11 @@ test-slow: export FUNCBAYES_HYPOTHESIS_PROFILE := slow
 test-slow: $(VENV)/.stamp  ## the slow tests, with more hypothesis examples
 	$(BIN)/pytest $(TYPE_CHECKS) $(PARALLEL) -m "slow and not compile" $(OR_NONE)
 	$(BIN)/pytest -m "slow and compile" $(OR_NONE)
+
+# Where a peer is missing the tests fail; `make test` skips them.
+test-peers: export FUNCBAYES_REQUIRE_PEERS := 1
+test-peers: $(BENCH_VENV)/.stamp-tests  ## agreement with other libraries
+	$(BENCH_VENV)/bin/python -m pytest tests/peers
 
 bench: $(BENCH_VENV)/.stamp  ## time funcbayes against plain loops and other libraries
 	$(BENCH_VENV)/bin/python -m benchmarks
@@ -96,4 +101,9 @@ $(BENCH_VENV)/.stamp: pyproject.toml constraints.txt benchmarks/peers.txt
 	$(BENCH_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[report]'
 	$(BENCH_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps --requirement benchmarks/peers.txt
 	$(BENCH_VENV)/bin/python -W ignore -c 'import asdl, backpack, curvlinops, incerto, laplace, posteriors'
+	@touch $@
+
+# What pytest needs to load conftest.py comes after the peers, so that `make bench` does without.
+$(BENCH_VENV)/.stamp-tests: $(BENCH_VENV)/.stamp
+	$(BENCH_VENV)/bin/python -m pip install --quiet --constraint constraints.txt 'pytest>=9' 'sybil[pytest]' hypothesis
 	@touch $@

@@ -32,6 +32,7 @@ class Row(NamedTuple):
         merge: from a network and data to data, a fit and a merge whose states are those of all
             data; otherwise the reason why there is none.
         log_prob: whether the posterior has a density; otherwise the reason why not.
+        fast: one in so many of the row's cells is in the fast selection.
     """
 
     state: Callable[[Model, Any, int], Any]
@@ -41,6 +42,7 @@ class Row(NamedTuple):
     vmappable: str | None = None
     merge: Callable[[Model, Any], tuple[Any, Any, Any]] | str = "its states do not merge"
     log_prob: str | None = None
+    fast: int = 3
 
     def fit(self, net: nn.Module, data: Any, key: int, bayesian: Any = None) -> tuple[Model, Any]:
         """The network as a model, and its posterior."""
@@ -105,6 +107,32 @@ def laplace_shards(curvature: str) -> Callable[[Model, Any], tuple[Any, Any, Any
 
 def laplace_posterior(state: Any) -> Any:
     return fb.laplace.posterior(state, prior_precision=20.0)
+
+
+EKFAC_SHARDS = "eigenvalues add up in one basis only, and each shard has its own"
+
+
+def laplace_structure(structure: str, rank: int | None = None) -> Row:
+    """A structure of the GGN; the row "laplace_ggn" is the diagonal one."""
+
+    def fit(model: Model, data: Any) -> Any:
+        return fb.laplace.fit(model, data, likelihood=Categorical(), structure=structure, rank=rank)
+
+    def shards(model: Model, data: Any) -> tuple[Any, Any, Any]:
+        return data, lambda shard: fit(model, shard), fb.laplace.merge
+
+    merge: Any = shards
+    if structure == "ekfac":
+        merge = EKFAC_SHARDS
+    if structure == "low_rank":
+        merge = "ranks add up, so the tensors differ in shape; their merge has tests of its own"
+    return Row(
+        lambda model, data, key: fit(model, data),
+        laplace_posterior,
+        likelihood=True,
+        merge=merge,
+        fast=7,  # they have much in common
+    )
 
 
 # -- the others ----------------------------------------------------------------------------
@@ -205,6 +233,11 @@ METHODS: dict[str, Row] = {
         likelihood=True,
         merge=laplace_shards("empirical_fisher"),
     ),
+    "laplace_kronecker": laplace_structure("kronecker"),
+    "laplace_ekfac": laplace_structure("ekfac"),
+    "laplace_dense": laplace_structure("dense"),
+    "laplace_low_rank": laplace_structure("low_rank", rank=3),
+    "laplace_block_diagonal": laplace_structure("block_diagonal"),
     "vi": Row(vi, fb.vi.posterior, likelihood=True),
     "dropout_per_row": Row(**dropout("row")),
     "dropout_per_batch": Row(**dropout("batch")),

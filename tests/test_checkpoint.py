@@ -192,6 +192,34 @@ def test_every_state_and_posterior_comes_back(name, path):
     assert_same(state, round_trip(state, path))
 
 
+@pytest.mark.parametrize("per_output", [False, True])
+@pytest.mark.parametrize(
+    "structure", ["diagonal", "kronecker", "ekfac", "dense", "block_diagonal", "low_rank"]
+)
+def test_laplace_fits_come_back_with_their_evidence_at_any_noise(structure, per_output, path):
+    net = network()
+    model = fb.Model.from_module(net)
+    state = fb.laplace.fit(
+        model,
+        (some((6, 3)), some((6, 4), seed=1)),
+        likelihood=fb.likelihoods.Gaussian(noise_std=0.5),
+        structure=structure,
+        rank=3 if structure == "low_rank" else None,
+        per_output_noise=per_output,
+    )
+    back = round_trip(state, path, model=model)
+    assert_same(state, back)
+    for one, other in ((state, back), (fb.laplace.decompose(state), fb.laplace.decompose(back))):
+        for noise_std in (None, 0.2, *([torch.tensor([0.1, 0.2, 0.3, 0.4])] * per_output)):
+            options = {"prior_precision": 2.0, "noise_std": noise_std}
+            # The bits are the same, and so is all that is computed from them.
+            found = fb.laplace.log_marginal_likelihood(other, **options)
+            assert found.equal(fb.laplace.log_marginal_likelihood(one, **options))
+            a, b = (fb.laplace.posterior(s, **options) for s in (one, other))
+            assert_same(a.sample(0, 2), b.sample(0, 2))
+            round_trip(a, path)
+
+
 @pytest.mark.parametrize("dtype", [*FLOATS, *OTHERS, *COMPLEX], ids=str)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (2, 3, 5)], ids=str)
 def test_every_dtype_and_shape(dtype, shape, path):

@@ -11,7 +11,7 @@ from funcbayes.core.likelihoods import Gaussian, Likelihood
 from funcbayes.core.model import Model
 from funcbayes.core.random import Key
 from funcbayes.extras import needs_extra
-from funcbayes.prediction import Predictive, predict
+from funcbayes.prediction import Predictive, linearized, predict
 
 with needs_extra("report"):
     from scipy.optimize import minimize_scalar
@@ -28,7 +28,8 @@ class Fitted(NamedTuple):
         posterior: the distribution over its parameters.
         num_samples: how many samples to predict with; None for every member of an ensemble.
         likelihood: what the outputs mean; in regression with the noise of this method.
-        choices: what was chosen on the validation split, for the report.
+        choices: what was chosen, for the report.
+        linearized: whether the network linearised in its weights predicts, not the network.
     """
 
     model: Model
@@ -36,6 +37,29 @@ class Fitted(NamedTuple):
     num_samples: int | None
     likelihood: Likelihood
     choices: dict[str, Any]
+    linearized: bool = False
+
+    def predict(self, inputs: Tensor, key: Key, *, strategy: Any = "auto") -> Predictive:
+        """The predictive distribution.
+
+        Args:
+            inputs: on the device of the network.
+            key: of the samples, of weights or of linearised outputs.
+            strategy: of `predict`, where weights are sampled.
+        """
+        if self.linearized:
+            found = linearized(self.model, self.posterior, inputs, likelihood=self.likelihood)
+            # Outputs are cheap to draw, the covariance is what takes time.
+            return found.predictive(key=key, num_samples=10 * (self.num_samples or 1))
+        return predict(
+            self.model,
+            self.posterior,
+            inputs,
+            key=key,
+            num_samples=self.num_samples,
+            likelihood=self.likelihood,
+            strategy=strategy,
+        )
 
 
 def best(
@@ -78,7 +102,7 @@ def with_noise(fitted: Fitted, data: Splits, *, key: Key) -> Fitted:
     """
     if not isinstance(fitted.likelihood, Gaussian):
         return fitted
-    predictive = _predict(fitted, data, key)
+    predictive = fitted.predict(data.validation.inputs, key)
     spread = (predictive.total - predictive.aleatoric).clamp_min(0).double().cpu().numpy()
     error = (data.validation.targets - predictive.mean).double().cpu().numpy()
 
@@ -104,7 +128,7 @@ class _Validated(NamedTuple):
 
 def _validate(fitted: Fitted, data: Splits, key: Key) -> _Validated:
     targets = data.validation.targets
-    predictive = _predict(fitted, data, key)
+    predictive = fitted.predict(data.validation.inputs, key)
     if isinstance(fitted.likelihood, Gaussian):
         total = predictive.total.double()
         error = targets - predictive.mean.double()
@@ -115,14 +139,3 @@ def _validate(fitted: Fitted, data: Splits, key: Key) -> _Validated:
         spread = float(predictive.mutual_information.mean())
     mean = float(nlls.mean())
     return _Validated(nlls, mean if math.isfinite(mean) else math.inf, spread)
-
-
-def _predict(fitted: Fitted, data: Splits, key: Key) -> Predictive:
-    return predict(
-        fitted.model,
-        fitted.posterior,
-        data.validation.inputs,
-        key=key,
-        num_samples=fitted.num_samples,
-        likelihood=fitted.likelihood,
-    )

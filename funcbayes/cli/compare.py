@@ -20,7 +20,7 @@ from funcbayes.cli.config import Configuration, command_line, to_toml
 from funcbayes.cli.data import Labelled, Splits
 from funcbayes.cli.errors import UsageError
 from funcbayes.cli.evaluate import Evaluation, evaluate
-from funcbayes.cli.methods import METHODS, Task
+from funcbayes.cli.methods import STREAMS, Task
 from funcbayes.cli.recipes import default_epochs
 from funcbayes.core import random
 from funcbayes.core.batching import is_out_of_memory
@@ -37,6 +37,9 @@ _LABELS = {
     "plain": "plain",
     "swag": "SWAG",
     "laplace": "Laplace",
+    "laplace-head": "Laplace head",
+    "laplace-diagonal": "Laplace diag.",
+    "laplace-kronecker": "Laplace Kron.",
     "vi": "VI",
     "dropout": "dropout",
     "ensemble": "ensemble",
@@ -138,8 +141,8 @@ def _evaluate_all(
             task = _task(configuration, data, random.key(seed))
             for name, bar in bars.items():
                 progress.start_task(bar)
-                # By its place among all methods: leaving one out does not move another.
-                method_key = random.fold_in(task.key, list(METHODS).index(name))
+                # By a number of its own: leaving one out does not move another.
+                method_key = random.fold_in(task.key, STREAMS[name])
                 fit_key, predict_key = random.split(method_key)
 
                 def begin(total: int, bar: Any = bar) -> None:

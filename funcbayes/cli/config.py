@@ -12,7 +12,16 @@ from typing import Any, Literal, NamedTuple
 
 from funcbayes.cli.errors import UsageError
 
-METHOD_NAMES = ("swag", "laplace", "vi", "dropout", "ensemble")
+METHOD_NAMES = (
+    "swag",
+    "laplace",
+    "laplace-head",
+    "laplace-diagonal",
+    "laplace-kronecker",
+    "vi",
+    "dropout",
+    "ensemble",
+)
 TASK_NAMES = ("classification", "regression")
 
 

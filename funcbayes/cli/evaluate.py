@@ -19,7 +19,7 @@ from funcbayes.core.random import Key
 from funcbayes.evaluation import metrics
 from funcbayes.evaluation.report import METRICS, Prediction, Surface
 from funcbayes.posteriors import DropoutMasks, Empirical
-from funcbayes.prediction import Predictive, predict
+from funcbayes.prediction import Predictive
 
 
 class Evaluation(NamedTuple):
@@ -29,7 +29,7 @@ class Evaluation(NamedTuple):
         metrics: from a name of `METRICS` to its value on the test split.
         metrics_of_mutual_information: out-of-distribution figures with mutual information in
             place of entropy; empty where there are none.
-        seconds: "train", "predict" and "predict_loop".
+        seconds: "train", "predict" and, where weights are sampled, "predict_loop".
         memory: peak bytes of tensors that one prediction of the test split makes.
         choices: what the validation split chose.
         prediction: for the pictures.
@@ -53,16 +53,8 @@ def evaluate(fitted: Fitted, data: Splits, key: Key, *, train_seconds: float) ->
         train_seconds: what fitting took.
     """
 
-    def predictive(inputs: Tensor, strategy: Any = "auto", posterior: Any = None) -> Predictive:
-        return predict(
-            fitted.model,
-            fitted.posterior if posterior is None else posterior,
-            inputs,
-            key=key,
-            num_samples=fitted.num_samples,
-            likelihood=fitted.likelihood,
-            strategy=strategy,
-        )
+    def predictive(inputs: Tensor, *, strategy: Any = "auto") -> Predictive:
+        return fitted.predict(inputs, key, strategy=strategy)
 
     inputs, targets = data.test.inputs, data.test.targets
     test = _Moments.of(predictive(inputs), data)
@@ -83,19 +75,20 @@ def evaluate(fitted: Fitted, data: Splits, key: Key, *, train_seconds: float) ->
             by_information = metrics.detection(test.epistemic, ood.epistemic)._asdict()
     surface = None
     if data.grid is not None and data.input_mean is not None and data.input_std is not None:
-        posterior = fitted.posterior
-        if isinstance(posterior, DropoutMasks):
+        smooth = fitted
+        if isinstance(fitted.posterior, DropoutMasks):
             # A mask of its own for each point would show as noise; the moments are the same.
-            posterior = posterior._replace(per="batch")
-        grid = _Moments.of(predictive(data.grid, posterior=posterior), data)
+            smooth = fitted._replace(posterior=fitted.posterior._replace(per="batch"))
+        grid = _Moments.of(smooth.predict(data.grid, key), data)
         surface = Surface(data.grid.cpu() * data.input_std + data.input_mean, *grid)
 
     device = inputs.device
     seconds = {
         "train": train_seconds,
         "predict": _seconds(lambda: predictive(inputs), device),
-        "predict_loop": _seconds(lambda: predictive(inputs, "loop"), device),
     }
+    if not fitted.linearized:  # there, no weights are drawn that a loop could go through
+        seconds["predict_loop"] = _seconds(lambda: predictive(inputs, strategy="loop"), device)
     # Memory that the model keeps for its noise belongs to a prediction as well.
     fitted.model._scratch.buffers.clear()
     return Evaluation(

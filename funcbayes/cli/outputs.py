@@ -11,7 +11,8 @@
   each figure as `{"values": one a seed, "mean": …, "std": …}` (sample standard deviation,
   null for one seed), and `choices`: one dictionary a seed of what the validation split chose.
   Metrics are those of `funcbayes.evaluation.report.METRICS`, as fractions, nats or units of
-  the target; `seconds` has `train`, `predict` and `predict_loop`; `memory` is in bytes.
+  the target; `seconds` has `train`, `predict` and, where weights are sampled, `predict_loop`;
+  `memory` is in bytes.
 """
 
 import json

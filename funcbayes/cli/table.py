@@ -13,7 +13,8 @@ with needs_extra("report"):
 _COST_NAMES = ("train", "predict", "predict_loop", "memory")
 _READING = (
     "SWAG, Laplace, VI and dropout start from the plain network, whose training is not counted "
-    "again. Loop: a prediction with one forward pass a sample in place of a batched one."
+    "again. Laplace samples the last layer's weights; its other rows linearise the network. "
+    "Loop: a prediction with one forward pass a sample in place of a batched one."
 )
 _LABELS = {"predict_loop": "loop", "interval_score": "int. score"}
 

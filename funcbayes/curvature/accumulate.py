@@ -198,9 +198,7 @@ class _Diagonal(Accumulator):
     def block(self) -> DiagonalBlock:
         if self.total is None:
             return DiagonalBlock(
-                torch.zeros_like(
-                    self.leaf, dtype=self.dtype, memory_format=torch.contiguous_format
-                )
+                torch.zeros_like(self.leaf, dtype=self.dtype, memory_format=torch.contiguous_format)
             )
         return DiagonalBlock(self.total)
 

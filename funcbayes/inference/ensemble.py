@@ -5,8 +5,7 @@ Source:
     estimation using deep ensembles", arXiv:1612.01474 (without its adversarial examples).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from funcbayes.core.model import Model, check_model
 from funcbayes.core.random import Key, KeyLike
 from funcbayes.core.trees import TensorTree, check_finite, check_like, tree_map
 from funcbayes.inference.checks import check_state, check_training
+from funcbayes.inference.seeding import seeded
 from funcbayes.posteriors import Empirical
 from funcbayes.posteriors.base import check_num_samples
 
@@ -278,27 +278,13 @@ def _losses(
             return model.apply_train(params, own[0] if own else inputs, constants)
 
     stacks = (state.params, state.constants, index, *((inputs,) if per_member else ()))
-    with _seeded(key, index.device):
+    with seeded(key, index.device):
         outputs, buffers = map_samples(member, *stacks, keyed=True, quiet=quiet)
     for i in range(num_members if per_member else 1):
         likelihood.check(trees.index(outputs, i), targets[i] if per_member else targets)
     in_dims = (0, 0 if per_member else None)
     nll = torch.vmap(likelihood.nll, in_dims=in_dims)(outputs, targets)
     return nll.mean(1), {**state.constants, **trees.tensor_map(torch.Tensor.detach, buffers)}
-
-
-@contextmanager
-def _seeded(key: Key, device: torch.device) -> Iterator[None]:
-    """Whatever else a network draws in training (noise, stochastic depth) comes from the key."""
-    devices = [device] if device.type == "cuda" else []
-    seed = random.seed(key)
-    with torch.random.fork_rng(devices=devices):
-        # Not torch.manual_seed: that also reaches devices whose state is not put back.
-        torch.default_generator.manual_seed(seed)
-        for one in devices:
-            with torch.cuda.device(one):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 # Each treats every number by itself (with scalars such as the step that all share).

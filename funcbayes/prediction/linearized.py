@@ -35,11 +35,14 @@ from funcbayes.posteriors import BlockNormal, Diagonal, LowRank
 from funcbayes.posteriors.base import check_num_samples
 from funcbayes.posteriors.factors import DiagonalFactor, KroneckerFactor
 from funcbayes.prediction import links
+from funcbayes.prediction.predictive import Predictive, RunningMoments, normal_predictive
 
 LINKS = ("probit", "bridge", "bridge_normalized", "monte_carlo")
 
 # Memory of one pass, and of the per-datum gradients formed at a time.
 _PASS_BYTES, _SLICE_BYTES = 2**28, 2**26
+# Memory of the samples of outputs that are drawn at a time.
+_SAMPLE_BYTES = 2**26
 # Outputs of several positions are taken together up to so many columns.
 _COLUMNS = 64
 
@@ -97,6 +100,41 @@ class LinearizedPredictive:
             return self.mean + (noise @ root.mT).view(num, *self.mean.shape)
         noise = noise.view(num, *self.mean.shape)
         return self.mean + (_root(self.covariance) @ noise.unsqueeze(-1)).squeeze(-1)
+
+    def predictive(self, *, key: KeyLike | None = None, num_samples: int = 1000) -> Predictive:
+        """What `funcbayes.predict` gives, for the linearised network: moments and entropies of y.
+
+        Exact for a Gaussian likelihood or none; otherwise averages over samples of the outputs.
+
+        Args:
+            key: what samples are drawn from, where they are.
+            num_samples: how many.
+
+        Returns:
+            Moments with the axes of the network's outputs; without samples.
+
+        Raises:
+            ValueError: no `key` where samples are drawn.
+        """
+        likelihood = self._likelihood
+        if likelihood is None or isinstance(likelihood, Gaussian):
+            mean, variance = self._unmoved(self.mean), self._unmoved(self.variance)
+            return normal_predictive(mean, variance, likelihood)
+        if key is None:
+            raise ValueError("`key` is None, expected a key or an integer seed")
+        num, key = check_num_samples(num_samples), random.as_key(key)
+        moments = RunningMoments(likelihood, None, keep_samples=False)
+        step = max(1, _SAMPLE_BYTES // max(1, self.mean.numel() * self.mean.element_size()))
+        for number, start in enumerate(range(0, num, step)):
+            samples = self.sample(random.fold_in(key, number), min(step, num - start))
+            moments.add(self._unmoved(samples, lead=1))
+        return moments.result()
+
+    def _unmoved(self, x: Tensor, *, lead: int = 0) -> Tensor:
+        """With the axis of classes where the network has it, after `lead` axes."""
+        if self._class_axis is None:
+            return x.squeeze(-1)
+        return x.movedim(-1, self._class_axis + lead)
 
     def probabilities(
         self, link: str = "probit", *, key: KeyLike | None = None, num_samples: int = 1000

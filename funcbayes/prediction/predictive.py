@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcbayes.core import trees
-from funcbayes.core.likelihoods import Likelihood
+from funcbayes.core.likelihoods import Gaussian, Likelihood
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,17 @@ class RunningMoments:
         if self._kept is not None:
             samples = trees.tree_map(lambda *x: torch.cat(x), *self._kept)
         return Predictive(mean, variance, samples, moments)
+
+
+def normal_predictive(mean: Tensor, variance: Tensor, likelihood: Gaussian | None) -> Predictive:
+    """The predictive distribution where the outputs are normal, without samples."""
+    if likelihood is None:
+        return Predictive(mean, variance, None, None)
+    aleatoric = likelihood.aleatoric(mean)
+    total = variance + aleatoric
+    entropy = likelihood.predictive_entropy(mean, total)
+    moments = _LikelihoodMoments(aleatoric, total, entropy, likelihood.entropy(mean))
+    return Predictive(mean, variance, None, moments)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

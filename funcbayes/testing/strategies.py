@@ -46,7 +46,14 @@ CONTAINERS = ("dict", "list", "tuple")
 FAMILIES = ("diagonal", "low_rank", "empirical", "mixture", "dropout_masks")
 """The posteriors that `posteriors` draws."""
 
-LIKELIHOODS = ("gaussian", "heteroscedastic", "bernoulli", "categorical")
+LIKELIHOODS = (
+    "gaussian",
+    "heteroscedastic",
+    "bernoulli",
+    "categorical",
+    "poisson",
+    "negative_log_likelihood",
+)
 """The likelihoods that `likelihoods_with_targets` draws."""
 
 METHODS = ("swag", "laplace", "vi", "ensemble")
@@ -349,8 +356,8 @@ def likelihoods_with_targets(
         min_batch: fewest data.
         max_batch: most data.
         scales: magnitudes of the outputs, as for `tensors`; the log variances of
-            "heteroscedastic" are at most 20 whatever this says, as exp of more overflows in
-            places where that is right.
+            "heteroscedastic" and the log rates of "poisson" are at most 20 whatever this says,
+            as exp of more overflows in places where that is right.
 
     Raises:
         ValueError: there is no such kind.
@@ -600,11 +607,37 @@ def _perhaps_squeezed(draw: DrawFn, targets: Tensor) -> Tensor:
     return targets
 
 
+def _poisson(draw: DrawFn, outputs: _Outputs, key: Key) -> LikelihoodCase:
+    log_rates = outputs(*draw(_OUT)).clamp(-20, 20)
+    dtype = draw(st.sampled_from([torch.int64, log_rates.dtype]))
+    # Counts from 0 to 9; a float dtype holds them exactly.
+    targets = random.randint(key, 0, 10, tuple(log_rates.shape)).to(dtype)
+    return LikelihoodCase(likelihoods.Poisson(), log_rates, _perhaps_squeezed(draw, targets))
+
+
+def _negative(draw: DrawFn, outputs: _Outputs, key: Key) -> LikelihoodCase:
+    values = outputs(*draw(_OUT))
+    targets = random.normal(key, tuple(values.shape), dtype=values.dtype)
+    fn = draw(st.sampled_from([_squared, _pseudo_huber]))
+    predictive = draw(st.sampled_from([None, likelihoods.Gaussian(noise_std=1.0)]))
+    return LikelihoodCase(likelihoods.NegativeLogLikelihood(fn, predictive), values, targets)
+
+
+def _squared(outputs: Tensor, targets: Tensor) -> Tensor:
+    return 0.5 * (targets - outputs).square().unsqueeze(-1).flatten(1).sum(1)
+
+
+def _pseudo_huber(outputs: Tensor, targets: Tensor) -> Tensor:
+    return ((targets - outputs).square() + 1).sqrt().unsqueeze(-1).flatten(1).sum(1)
+
+
 _LIKELIHOODS: dict[str, Callable[[DrawFn, _Outputs, Key], LikelihoodCase]] = {
     "gaussian": _gaussian,
     "heteroscedastic": _heteroscedastic,
     "bernoulli": _bernoulli,
     "categorical": _categorical,
+    "poisson": _poisson,
+    "negative_log_likelihood": _negative,
 }
 # The outputs of one datum.
 _OUT = st.lists(st.integers(1, 3), max_size=2)

@@ -18,12 +18,14 @@ from funcbayes.cli import (
     main,
     methods,
     networks,
+    recipes,
     table,
 )
 from funcbayes.cli.evaluate import peak_memory
-from funcbayes.core.likelihoods import Gaussian
+from funcbayes.core.likelihoods import Categorical, Gaussian
 from funcbayes.evaluation.report import METRICS, MethodReport, Prediction
 from funcbayes.posteriors import Empirical
+from funcbayes.prediction import linearized
 
 CLASSIFICATION = {"accuracy", "nll", "brier", "ece", "aurc"}
 DETECTION = {"auroc", "aupr", "fpr95"}
@@ -68,9 +70,11 @@ def gap_run(tmp_path_factory):
 
 def check_methods(report, names, metrics, *, seeds):
     assert list(report["methods"]) == names
-    for part in report["methods"].values():
+    for name, part in report["methods"].items():
+        linearized = name.startswith("laplace-")
+        wanted = {"train", "predict"} if linearized else {"train", "predict", "predict_loop"}
+        assert set(part["seconds"]) == wanted
         assert set(part["metrics"]) == metrics
-        assert set(part["seconds"]) == {"train", "predict", "predict_loop"}
         for figure in (*part["metrics"].values(), *part["seconds"].values(), part["memory"]):
             values = figure["values"]
             assert len(values) == seeds
@@ -178,11 +182,12 @@ def test_the_tables_fit_80_columns(names):
         prediction = Prediction(*[torch.zeros(1)] * 4, None, None)
         return MethodReport(label, label, found, costs, [1e6, 2e6], [{}, {}], prediction)
 
+    longest = max(compare._LABELS.values(), key=len)
     console = Console(width=80, record=True, file=io.StringIO())
-    for part in table.render([report("ensemble", 0.9), report("plain", 0.7)]):
+    for part in table.render([report(longest, 0.9), report("plain", 0.7)]):
         console.print(part)
     printed = console.export_text()
-    for word in ("plain", "ensemble", "NLL", "memory", "±", "loop"):
+    for word in ("plain", longest, "NLL", "memory", "±", "loop"):
         assert word in printed
     assert "…" not in printed
     assert max(map(len, printed.splitlines())) <= 80
@@ -410,6 +415,56 @@ def test_of_equally_good_candidates_the_least_sure_is_chosen():
     assert pick(3.0)["std"] in (0.0, 1e-3)
 
 
+def test_a_linearized_method_predicts_as_the_library_does():
+    splits = data.load("gap", key=0)
+    torch.manual_seed(0)
+    model = methods.Model.from_module(networks.make(splits).eval())
+    state = methods.laplace.fit(
+        model, splits.train, likelihood=Gaussian(noise_std=1.0), structure="kronecker"
+    )
+    posterior = methods.laplace.posterior(state, prior_precision=2.0)
+    fitted = choose.Fitted(model, posterior, 2, Gaussian(noise_std=0.5), {}, linearized=True)
+    found = linearized(model, posterior, splits.test.inputs, likelihood=fitted.likelihood)
+    pred = fitted.predict(splits.test.inputs, methods.random.key(0))
+    torch.testing.assert_close(pred.mean, found.mean.squeeze(-1))
+    torch.testing.assert_close(pred.total, found.total.squeeze(-1))
+
+
+def test_linearized_methods_in_a_classification(quick, tmp_path):
+    names = ["laplace-head", "laplace-diagonal", "laplace-kronecker"]
+    options = ["--data", "two-moons", "--output", str(tmp_path)]
+    options += [word for name in names for word in ("--method", name)]
+    assert main(SMALL + options) == 0
+    report = figures(tmp_path)
+    check_methods(report, ["plain", *names], CLASSIFICATION, seeds=1)
+    for name in names:
+        (choices,) = report["methods"][name]["choices"]
+        nlls = choices["validation_nll"]
+        # Half of the grid of the sampled one: a prediction takes longer.
+        assert list(nlls) == [f"{p:.4g}" for p in recipes.TABLES.prior_precisions[::2]]
+        assert f"{choices['prior_precision']:.4g}" in nlls
+
+
+def test_a_linearized_classification_averages_over_outputs():
+    splits = data.load("two-moons", key=0)
+    torch.manual_seed(0)
+    model = methods.Model.from_module(networks.make(splits).eval())
+    state = methods.laplace.fit(model, splits.train, likelihood=Categorical(), structure="diagonal")
+    posterior = methods.laplace.posterior(state, prior_precision=1.0)
+    inputs, key = splits.test.inputs[:50], methods.random.key(0)
+    fitted = choose.Fitted(model, posterior, 1000, Categorical(), {}, linearized=True)
+    pred = fitted.predict(inputs, key)
+    normal = linearized(model, posterior, inputs, likelihood=Categorical())
+    logits = normal.sample(1, 10_000).double().softmax(-1)
+    # Two times 10 000 draws of a number in [0, 1]: its error is at most 0.007 in each entry,
+    # and five of them bound the largest of a hundred.
+    torch.testing.assert_close(pred.mean.double(), logits.mean(0), rtol=0, atol=0.035)
+    assert (pred.mutual_information > 0).all()
+    # The network as it is knows no epistemic part and is surer than the average.
+    alone = normal.mean.softmax(-1)
+    assert pred.mean.amax(-1).mean() < alone.amax(-1).mean()
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (1, 28, 28), (2, 3, 3), (1, 1, 9)])
 def test_the_network_for_images_takes_any_size(shape):
     net = networks.SmallConvNet(shape, 4).eval()
@@ -443,4 +498,6 @@ def test_every_method_matches_or_beats_the_plain_network(name, quick, tmp_path):
 
 def test_the_command_line_names_every_method_and_data_set():
     assert ("plain", *config.METHOD_NAMES) == tuple(methods.METHODS) == tuple(compare._LABELS)
+    assert set(methods.STREAMS) == set(methods.METHODS)
+    assert len(set(methods.STREAMS.values())) == len(methods.STREAMS)
     assert tuple(data.DATA) == commands.DATA_NAMES

@@ -125,6 +125,38 @@ def test_structures_keep_their_part_of_the_matrix(name, kind, likelihood):
     assert (found["ekfac"] - blocks).norm() <= (found["kronecker"] - blocks).norm() * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("name", ["mlp", "conv", "transformer"])
+def test_ekfac_has_the_exact_diagonal_in_the_basis_of_the_factors(name):
+    net, x = case(name)
+    model, likelihood = fb.Model.from_module(net), fb.likelihoods.Categorical()
+    y = targets(likelihood)
+    kronecker, ekfac, exact = (
+        curvature.ggn(model, (x, y), likelihood, structure=s).blocks
+        for s in ("kronecker", "ekfac", "block_diagonal")
+    )
+    nearer = []
+    for names, block in ekfac.items():
+        if not isinstance(block, curvature.EigenKroneckerBlock):
+            continue
+        matrix = exact[names].to_dense()
+        basis = torch.block_diag(
+            *(
+                torch.kron(left.contiguous(), right.contiguous())
+                for left, right in zip(block.output_basis, block.input_basis, strict=True)
+            )
+        )
+        inside = basis.T @ matrix @ basis
+        torch.testing.assert_close(block.eigenvalues.flatten(), inside.diagonal())
+        before = basis.T @ kronecker[names].to_dense() @ basis
+        torch.testing.assert_close(before, before.diagonal().diag(), rtol=0, atol=1e-9)
+        # Pythagoras: the same off the diagonal, and 0 on it.
+        wrong = (before.diagonal() - inside.diagonal()).norm()
+        far, near = ((b[names].to_dense() - matrix).norm() for b in (kronecker, ekfac))
+        torch.testing.assert_close(far.square(), near.square() + wrong.square())
+        nearer.append(float(near / far))
+    assert min(nearer) < 0.99
+
+
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_kronecker_factors_by_their_definition(sharing):
     net, x = case("conv")

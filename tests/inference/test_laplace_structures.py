@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.func import vmap
 
+from funcbayes import testing
 from funcbayes.core import trees
 from funcbayes.curvature.blocks import (
     Curvature,
@@ -341,6 +342,42 @@ def test_evidence_of_no_information_is_minus_the_loss(structure):
     state = state._replace(mean=trees.zeros_like(state.mean), curvature=Curvature(blocks))
     evidence = laplace.log_marginal_likelihood(state, prior_precision=1e-3)
     torch.testing.assert_close(evidence, -state.loss, rtol=0, atol=0)
+
+
+@cases
+def test_samples_have_the_covariance(structure, kind):
+    state, prior = make(structure), tree_prior(kind)
+    posterior = laplace.posterior(state, prior_precision=prior, temperature=0.5)
+    expected = torch.linalg.inv(dense_precision(state, prior, 0.5))
+    num = 4000
+    drawn = posterior.sample(0, num)
+    rows = torch.cat([leaf.flatten(1) for leaf in drawn.values()], 1) - trees.ravel(state.mean)
+    # In units of the standard deviations an entry of the sample covariance has variance
+    # (1 + ρ²) / num: 5 of its deviations are at most 0.11, over 300 entries.
+    scale = expected.diagonal().rsqrt()
+    error = (rows.T @ rows / num - expected) * scale * scale[:, None]
+    correlation = expected * scale * scale[:, None]
+    assert float((error / ((1 + correlation.square()) / num).sqrt()).abs().max()) < 5
+    # The covariance, not its transpose or that of another structure: entries are drawn jointly.
+    means = rows.mean(0) * scale
+    assert float(means.abs().max()) < 5 / math.sqrt(num)
+
+
+# Not in the other process: there the shape hook would break the graph.
+@pytest.mark.compile
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("function", [laplace.posterior, laplace.log_marginal_likelihood])
+def test_posterior_and_evidence_compile_to_one_graph(structure, function):
+    def call(state, log_prior, log_temperature, log_std):
+        return function(
+            state,
+            prior_precision=log_prior.exp(),
+            temperature=log_temperature.exp(),
+            noise_std=log_std.exp(),
+        )
+
+    logs = (torch.tensor(x, dtype=torch.float64) for x in (0.4, -0.3, 0.2))
+    testing.check_compiles(call, make(structure), *logs, backend="aot_eager")
 
 
 # -- merge ---------------------------------------------------------------------------------

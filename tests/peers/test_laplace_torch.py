@@ -1,50 +1,33 @@
 """Laplace approximations equal those of laplace-torch, where that is right."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, TensorDataset
 
 import funcbayes as fb
 from funcbayes.prediction import links
+from tests.peers.support import (
+    assert_differs,
+    assert_same,
+    dense_reference,
+    each_likelihood,
+    flat_function,
+    our_likelihood,
+    peer,
+)
 
-with warnings.catch_warnings():
-    # Deprecations that importing it runs into are not ours to mend.
-    warnings.simplefilter("ignore")
-    laplace = pytest.importorskip("laplace", exc_type=ImportError)
-    curvature = pytest.importorskip("laplace.curvature", exc_type=ImportError)
+laplace = peer("laplace")
+curvature = peer("laplace.curvature")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 N, D, HIDDEN, OUT = 7, 3, 4, 3
 PRIOR, NOISE = 0.7, 0.5
-LIKELIHOODS = ("classification", "regression")
 # Of 7 data: one that divides them with a rest, and all at once.
-BATCH_SIZES = (3, 7)
-# Sums of at most a few thousand products in float64 round by 1e-13 of the largest entry;
-# factorisations multiply that by condition numbers, here below 1e3.
-RTOL = 1e-10
-
-each_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
-each_batch_size = pytest.mark.parametrize("batch_size", BATCH_SIZES)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    # It multiplies with identities of the default dtype.
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def assert_same(ours, theirs):
-    """Equal to `RTOL` of the largest entry: small ones may be differences of large ones."""
-    scale = float(theirs.detach().abs().max())
-    torch.testing.assert_close(ours, theirs.detach(), rtol=RTOL, atol=RTOL * scale)
+each_batch_size = pytest.mark.parametrize("batch_size", [3, 7])
 
 
 def problem(likelihood, batch_size, out=OUT):
@@ -53,12 +36,6 @@ def problem(likelihood, batch_size, out=OUT):
     x = torch.randn(N, D)
     y = torch.randint(out, (N,)) if likelihood == "classification" else torch.randn(N, out)
     return net, DataLoader(TensorDataset(x, y), batch_size=batch_size)
-
-
-def our_likelihood(likelihood, noise_std=1.0):
-    if likelihood == "classification":
-        return fb.likelihoods.Categorical()
-    return fb.likelihoods.Gaussian(noise_std=noise_std)
 
 
 def theirs_fitted(
@@ -128,33 +105,69 @@ def test_kronecker_factors_of_linear_layers(likelihood, batch_size):
     ours = fb.curvature.ggn(model, loader, our_likelihood(likelihood), structure="kronecker")
     # `la.H` is decomposed after the fit; the factors as they were:
     factors = theirs_fitted(net, loader, likelihood, "kron").H_facs.kfacs
+    # Theirs halve the Hessian 2I of the squared error, by a root of ½ in either factor.
+    root = 1 if likelihood == "classification" else 2**0.5
     assert len(factors) == len(ours.blocks)
     for (names, block), theirs in zip(ours.blocks.items(), factors, strict=True):
         if len(theirs) == 1:
             assert_same(block.to_dense(), theirs[0])
             continue
         assert names[0].endswith("weight")
-        assert_same(block.outputs[0], theirs[0])
-        assert_same(block.inputs[0] / block.count, theirs[1])
+        assert_same(block.outputs[0] * root, theirs[0])
+        assert_same(block.inputs[0] / block.count / root, theirs[1])
         assert_same(block.to_dense(), torch.kron(*theirs))
 
 
 @each_batch_size
 @each_likelihood
-@pytest.mark.parametrize("structure", ["diag", "full"])
+@each_structure
 def test_empirical_fisher(structure, likelihood, batch_size):
     net, loader = problem(likelihood, batch_size)
     model = fb.Model.from_module(net)
     fisher = fb.curvature.empirical_fisher(
         model, loader, our_likelihood(likelihood), structure=STRUCTURES[structure]
     ).to_dense(model.params)
-    if structure == "diag":
-        fisher = fisher.diagonal()
     la = theirs_fitted(net, loader, likelihood, structure, backend=curvature.CurvlinopsEF)
+    theirs = la.H.to_matrix() if structure == "kron" else la.H
     # Its gradients are those of the squared error, of which it halves the squares only once:
     # (2g)(2g)ᵀ/2 where the definition has g gᵀ.
     factor = 1 if likelihood == "classification" else 2
-    assert_same(factor * fisher, la.H)
+    assert_same(factor * (fisher.diagonal() if structure == "diag" else fisher), theirs)
+
+
+@each_batch_size
+def test_empirical_fisher_in_regression_by_its_definition(batch_size):
+    net, loader = problem("regression", batch_size)
+
+    def loss(outputs, target):
+        return -torch.distributions.Normal(outputs, NOISE).log_prob(target).sum()
+
+    exact = dense_reference("empirical_fisher", net, *loader.dataset.tensors, loss)
+    model = fb.Model.from_module(net)
+    likelihood = our_likelihood("regression", NOISE)
+    fisher = fb.curvature.empirical_fisher(model, loader, likelihood, structure="dense")
+    assert_same(fisher.to_dense(model.params), exact)
+    la = theirs_fitted(
+        net, loader, "regression", "full", noise_std=NOISE, backend=curvature.CurvlinopsEF
+    )
+    # 2 Σ g gᵀ/σ² for Σ g gᵀ/σ⁴, g at σ = 1.
+    assert_same(2 * NOISE**2 * exact, la.H * la._H_factor)
+    assert_differs(exact, la.H * la._H_factor)
+
+    # So the noise scales ours by σ⁻⁴ after the fit, too.
+    state = fb.laplace.fit(
+        model,
+        loader,
+        likelihood=our_likelihood("regression"),
+        structure="dense",
+        curvature="empirical_fisher",
+    )
+    evidence = fb.laplace.log_marginal_likelihood(state, prior_precision=PRIOR, noise_std=NOISE)
+    outputs, flat = flat_function(net)
+    x, y = loader.dataset.tensors
+    total = sum(loss(outputs(flat, a), b) for a, b in zip(x, y, strict=True))
+    log_det = torch.logdet(torch.eye(len(flat)) + exact / PRIOR)
+    assert_same(evidence, -total - (log_det + PRIOR * flat @ flat) / 2)
 
 
 @each_batch_size
@@ -226,6 +239,53 @@ def test_log_marginal_likelihood_with_a_prior_for_each_tensor(structure, likelih
     assert_same(ours, la.log_marginal_likelihood(torch.tensor(values)).squeeze())
 
 
+@each_batch_size
+def test_evidence_of_a_linear_model_is_exact(batch_size):
+    net, loader = problem("regression", batch_size)
+    x, y = loader.dataset.tensors
+    features = torch.cat([x, torch.ones(N, 1)], dim=1)
+    # The formula holds at the mode: the ridge solution.
+    gram = features.T @ features + PRIOR * NOISE**2 * torch.eye(D + 1)
+    weights = torch.linalg.solve(gram, features.T @ y).T
+    net = nn.Linear(D, OUT)
+    net.load_state_dict({"weight": weights[:, :D], "bias": weights[:, D]})
+    state = fb.laplace.fit(
+        fb.Model.from_module(net),
+        loader,
+        likelihood=our_likelihood("regression", NOISE),
+        structure="dense",
+    )
+    ours = fb.laplace.log_marginal_likelihood(state, prior_precision=PRIOR)
+    covariance = features @ features.T / PRIOR + NOISE**2 * torch.eye(N)
+    targets = torch.distributions.MultivariateNormal(torch.zeros(N), covariance)
+    assert_same(ours, targets.log_prob(y.T).sum())
+    la = theirs_fitted(net, loader, "regression", "full", noise_std=NOISE)
+    assert_same(ours, la.log_marginal_likelihood().squeeze())
+
+
+@each_batch_size
+@each_structure
+def test_gradient_of_the_evidence_to_the_noise(structure, batch_size):
+    _, state, la = both("regression", batch_size, structure)
+
+    def evidence(noise):
+        return fb.laplace.log_marginal_likelihood(state, prior_precision=PRIOR, noise_std=noise)
+
+    noise = torch.tensor(NOISE, requires_grad=True)
+    (ours,) = torch.autograd.grad(evidence(noise), noise)
+    (theirs,) = torch.autograd.grad(la.log_marginal_likelihood(sigma_noise=noise), noise)
+    # Truncation is (step/σ)² of the gradient, 4e-8; rounding of the evidence, about 1e2, gives
+    # 1e2 · 1e-16/step = 1e-10.
+    step = 1e-4
+    differences = (evidence(NOISE + step) - evidence(NOISE - step)) / (2 * step)
+    assert_same(ours, differences, rtol=1e-6)
+    if structure == "kron":
+        # Their log-determinant carries no gradient to the noise.
+        assert_differs(theirs, ours)
+    else:
+        assert_same(ours, theirs)
+
+
 # Prediction
 
 
@@ -292,9 +352,8 @@ def test_bridge_over_numbers_of_classes_and_spreads(classes, spread):
 
 
 @each_batch_size
-def test_variance_of_samples_is_that_of_the_posterior(batch_size):
-    model, state, la = both("regression", batch_size, "full")
+def test_variances_of_the_weights(batch_size):
+    _, state, la = both("regression", batch_size, "full")
     posterior = fb.laplace.posterior(state, prior_precision=PRIOR)
     (factor,) = posterior.factors.values()
-    assert len(parameters_to_vector(model.params.values())) == len(la.H)
     assert_same(factor.variance(), la.posterior_covariance.diagonal())

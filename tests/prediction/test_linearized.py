@@ -162,6 +162,36 @@ def test_links_agree_with_monte_carlo():
     assert float((found.probabilities("probit") - sampled).abs().max()) < 0.03
 
 
+@pytest.mark.parametrize("name", ["mlp", "conv", "segmentation"])
+def test_the_predictive_has_the_axes_and_moments_of_predict(name):
+    model, state, x, likelihood = fitted(name, "kronecker")
+    found = fb.linearized(
+        model, fb.laplace.posterior(state, prior_precision=50.0), x, likelihood=likelihood
+    )
+    # More than are drawn at a time.
+    num = 2**26 // found.mean.numel() // 8 + 1000
+    pred = found.predictive(key=0, num_samples=num)
+    sampled = fb.predict(
+        model, fb.laplace.posterior(state), x, key=0, num_samples=3, likelihood=likelihood
+    )
+    for field in ("mean", "variance", "total", "entropy", "mutual_information"):
+        assert getattr(pred, field).shape == getattr(sampled, field).shape, field
+    if name == "conv":
+        torch.testing.assert_close(pred.mean, found.mean)
+        torch.testing.assert_close(pred.total, found.total)
+        entropy = (2 * math.pi * math.e * found.total).log().sum(-1) / 2
+        torch.testing.assert_close(pred.entropy, entropy)
+        assert torch.equal(pred.variance, found.predictive().variance)
+        return
+    axis = 1 if name == "segmentation" else -1
+    expected = found.probabilities("monte_carlo", key=1, num_samples=20_000).movedim(-1, axis)
+    # Probabilities vary by less than 1/2 about their means.
+    assert float((pred.mean - expected).abs().max()) < 5 * 0.5 * (1 / num + 1 / 20_000) ** 0.5
+    torch.testing.assert_close(pred.total, pred.mean * (1 - pred.mean))
+    with pytest.raises(ValueError, match="`key` is None"):
+        found.predictive()
+
+
 def test_the_bridge_by_its_formula():
     torch.manual_seed(0)
     f, root = torch.randn(4).double(), torch.randn(4, 4).double()

@@ -125,20 +125,55 @@ def decompose(state: LaplaceState) -> LaplaceState:
 
 
 def decomposed(
-    curvature: Curvature, dense: Callable[[tuple[str, ...]], bool] = lambda names: True
+    curvature: Curvature,
+    dense: Callable[[tuple[str, ...]], bool] = lambda names: True,
+    *,
+    eps: float | None = None,
 ) -> Curvature:
-    """The curvature with Kronecker blocks, and the dense ones chosen, by their eigenvalues."""
+    """The curvature with Kronecker blocks, and the dense ones chosen, by their eigenvalues.
+
+    Args:
+        curvature: without an axis of outputs.
+        dense: which dense blocks are chosen, by the leaves of the group.
+        eps: relative rounding of the curvature; None: that of its dtype.
+    """
     blocks: dict[tuple[str, ...], Block] = {}
     for names, block in curvature.blocks.items():
         if isinstance(block, KroneckerBlock):
-            block = _eigenbasis(block)
+            block = _eigenbasis(block, names)
         elif isinstance(block, DenseBlock) and dense(names):
-            values, vectors = eigh(block.matrix)
-            floor = -ROUNDINGS * torch.finfo(values.dtype).eps * values[..., -1:].abs()
-            values = torch.where((values < 0) & (values >= floor), 0.0, values)
+            values, vectors = _clean_eigh(block, eps, names)
             block = LowRankBlock(values.flip(-1), vectors.flip(-1))
         blocks[names] = block
     return Curvature(blocks)
+
+
+def without_roundings(curvature: Curvature, eps: float) -> Curvature:
+    """Dense blocks with 0 for negative eigenvalues that are roundings of it.
+
+    In a wider dtype than that of the sums, roundings would count as negative eigenvalues.
+
+    Args:
+        curvature: in the wider dtype; its tensors may have leading axes.
+        eps: relative rounding of the sums.
+    """
+    blocks: dict[tuple[str, ...], Block] = {}
+    for names, block in curvature.blocks.items():
+        if isinstance(block, DenseBlock):
+            values, vectors = _clean_eigh(block, eps, names)
+            block = DenseBlock((vectors * values.unsqueeze(-2)) @ vectors.mT)
+        blocks[names] = block
+    return Curvature(blocks)
+
+
+def _clean_eigh(
+    block: DenseBlock, eps: float | None, names: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    _check_finite(block.matrix, names)
+    values, vectors = eigh(block.matrix)
+    eps = torch.finfo(values.dtype).eps if eps is None else eps
+    floor = -ROUNDINGS * eps * values[..., -1:].abs()
+    return torch.where((values < 0) & (values >= floor), 0.0, values), vectors
 
 
 def block_factor(
@@ -153,7 +188,7 @@ def block_factor(
         names: the leaves of the group.
     """
     if isinstance(block, KroneckerBlock):
-        block = _eigenbasis(block)
+        block = _eigenbasis(block, names)
     match block:
         case DiagonalBlock():
             relative = _relative(block.diagonal() / prior, temperature, names)
@@ -164,10 +199,11 @@ def block_factor(
                 (relative * prior).rsqrt(), block.output_basis, block.input_basis
             )
         case LowRankBlock():
-            values, basis = _low_rank_relative(block, prior)
+            values, basis = _low_rank_relative(block, prior, names)
             scale = _relative(values, temperature, names).rsqrt()
-            std = prior.rsqrt().expand(block.vectors[..., 0].numel())
-            return LowRankFactor(std.reshape(block.vectors.shape[:-1]), basis, scale)
+            rows = block.vectors.shape[:-1]
+            std = prior.rsqrt().expand(rows.numel()).reshape(rows)
+            return LowRankFactor(std, basis, scale)
         case DenseBlock():
             rows = block.matrix.shape[:-1]
             root = prior.sqrt().expand(rows.numel()).reshape(*rows, 1)
@@ -189,11 +225,11 @@ def log_det_ratio(
         case DiagonalBlock():
             values = block.diagonal() / prior
         case KroneckerBlock():
-            values = _eigenbasis(block, vectors=False).eigenvalues / prior
+            values = _eigenbasis(block, names, vectors=False).eigenvalues / prior
         case EigenKroneckerBlock():
             values = block.eigenvalues / prior
         case LowRankBlock():
-            values, _ = _low_rank_relative(block, prior, vectors=False)
+            values, _ = _low_rank_relative(block, prior, names, vectors=False)
         case DenseBlock():
             root = _relative_root(block, prior, temperature, names)
             return 2 * root.diagonal(dim1=-2, dim2=-1).log().sum()
@@ -201,9 +237,13 @@ def log_det_ratio(
     return (values / temperature).log1p().sum()
 
 
-def _eigenbasis(block: KroneckerBlock, *, vectors: bool = True) -> EigenKroneckerBlock:
+def _eigenbasis(
+    block: KroneckerBlock, names: tuple[str, ...], *, vectors: bool = True
+) -> EigenKroneckerBlock:
     """A Kronecker block by its eigenvalues, which are not negative."""
     inputs = block.inputs / block.count[..., None, None, None]
+    for factor in (inputs, block.outputs):
+        _check_finite(factor, names)
     if vectors:
         (a, right), (b, left) = eigh(inputs), eigh(block.outputs)
     else:
@@ -215,7 +255,7 @@ def _eigenbasis(block: KroneckerBlock, *, vectors: bool = True) -> EigenKronecke
 
 
 def _low_rank_relative(
-    block: LowRankBlock, prior: Tensor, *, vectors: bool = True
+    block: LowRankBlock, prior: Tensor, names: tuple[str, ...], *, vectors: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Eigenvalues `[blocks, k]` and eigenvectors `[blocks, m, k]` of S H S."""
     if prior.dim() == 0:
@@ -223,6 +263,7 @@ def _low_rank_relative(
     scaled = prior.rsqrt().reshape(*block.vectors.shape[:-1], 1) * block.vectors
     basis, triangle = torch.linalg.qr(scaled)
     inner = (triangle * block.eigenvalues.unsqueeze(-2)) @ triangle.mT
+    _check_finite(inner, names)
     if not vectors:
         return torch.linalg.eigvalsh(inner), basis
     values, rotation = eigh(inner)
@@ -232,7 +273,8 @@ def _low_rank_relative(
 def _relative(values: Tensor, temperature: float | Tensor, names: tuple[str, ...]) -> Tensor:
     """Eigenvalues of the posterior precision relative to the prior's, once they are positive."""
     relative = 1 + values / temperature
-    if relative.numel() and _known((relative > 0).all()) is False:
+    if _known(((relative > 0) & relative.isfinite()).all()) is False:
+        _check_finite(relative, names)
         _refuse(relative.min(), names)
     # Where values cannot be looked at, the root of a negative one is NaN.
     return relative
@@ -248,16 +290,14 @@ def _relative_root(
     identity = torch.eye(rows[-1], dtype=matrix.dtype, device=matrix.device)
     matrix = matrix + identity
     root, info = torch.linalg.cholesky_ex(matrix)
-    succeeded = _known((info == 0).all())
+    # LAPACK takes infinity for positive.
+    finite = root.diagonal(dim1=-2, dim2=-1).isfinite().all()
+    succeeded = _known((info == 0).all() & finite)
     if succeeded:
         return root
     if succeeded is None:
         return torch.where((info == 0)[..., None, None], root, torch.nan)
-    if not bool(matrix.isfinite().all()):
-        raise ValueError(
-            f"the posterior precision of {label(names)} has NaN or infinite entries, expected"
-            " finite ones: the curvature, or its ratio to the prior's precision, overflows"
-        )
+    _check_finite(matrix, names)
     size = matrix.detach().diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None, None]
     jitter = torch.finfo(matrix.dtype).eps
     limit = MAX_JITTER * jitter
@@ -267,6 +307,16 @@ def _relative_root(
             return root
         jitter *= 10
     _refuse(torch.linalg.eigvalsh(matrix.detach()).min(), names)
+
+
+def _check_finite(matrix: Tensor, names: tuple[str, ...]) -> None:
+    """Before eigenvectors are looked for, of which torch says only that there are none."""
+    if _known(matrix.isfinite().all()) is False:
+        raise ValueError(
+            f"the posterior precision of {label(names)} has NaN or infinite entries, expected"
+            " finite ones: the curvature, or its ratio to the temperature and the prior's"
+            " precision, overflows"
+        )
 
 
 def _refuse(smallest: Tensor, names: tuple[str, ...]) -> NoReturn:

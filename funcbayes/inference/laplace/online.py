@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from funcbayes.inference.laplace.priors import (
 )
 from funcbayes.inference.laplace.state import LaplaceState, fit
 from funcbayes.inference.laplace.tune import Problem, check_prior, start
+from funcbayes.inference.seeding import seeded
 from funcbayes.posteriors.base import check_num_samples
 
 
@@ -301,25 +301,11 @@ def _nll(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean loss of a batch in training mode, and the constants after it."""
     inputs, targets = batch
-    with _seeded(key, trees.leaves(params)[0].device), KeyedDropout([key], always=False):
+    with seeded(key, trees.leaves(params)[0].device), KeyedDropout([key], always=False):
         outputs, buffers = model.apply_train(params, inputs, constants)
     likelihood.check(outputs, targets)
     buffers = trees.tensor_map(torch.Tensor.detach, buffers)
     return likelihood.nll(outputs, targets).mean(), {**constants, **buffers}
-
-
-@contextmanager
-def _seeded(key: Key, device: torch.device) -> Iterator[None]:
-    """Whatever else a network draws in training (noise, stochastic depth) comes from the key."""
-    devices = [device] if device.type == "cuda" else []
-    seed = random.seed(key)
-    with torch.random.fork_rng(devices=devices):
-        # Not torch.manual_seed: that also reaches devices whose state is not put back.
-        torch.default_generator.manual_seed(seed)
-        for one in devices:
-            with torch.cuda.device(one):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 def _moved(model: Model, params: TensorTree, constants: dict[str, Tensor]) -> Model:

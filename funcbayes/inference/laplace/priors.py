@@ -32,6 +32,8 @@ def prior_precisions(prior_precision: Any, curvature: Curvature, mean: TensorTre
     for names, block in curvature.blocks.items():
         like = trees.leaves(block)[0]
         parts = [values[name][1] for name in names]
+        for name in names:
+            _check_representable(*values[name], like.dtype)
         if _one_number(parts):
             groups[names] = torch.as_tensor(parts[0], dtype=like.dtype, device=like.device)
             continue
@@ -73,7 +75,14 @@ def leaf_precisions(prior_precision: Any, mean: TensorTree) -> TensorTree:
         ValueError: as for `prior_precisions`.
     """
     values = _by_leaf(prior_precision, mean, "prior_precision", _positive).values()
-    return trees.unflatten([torch.as_tensor(value) for _, value in values], mean)
+    # Numbers in float64, in which more of them are positive and finite than by default.
+    return trees.unflatten(
+        [
+            value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            for _, value in values
+        ],
+        mean,
+    )
 
 
 def leaf_deviations(prior_mean: Any, mean: TensorTree) -> TensorTree:
@@ -205,6 +214,18 @@ def _positive(value: Any, name: str) -> float | Tensor:
     elif not 0 < value < math.inf:
         raise ValueError(f"`{name}` is {value}, expected positive and finite")
     return value
+
+
+def _check_representable(name: str, value: float | Tensor, dtype: torch.dtype) -> None:
+    """A precision is positive and finite in the dtype of its block, too."""
+    tensor = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+    rounded = tensor.to(dtype)
+    if known_false(((rounded > 0) & rounded.isfinite()).all()):
+        wrong = tensor[~((rounded > 0) & rounded.isfinite())].flatten()[0]
+        raise ValueError(
+            f"`{name}` is {float(wrong):g}, which is {float(wrong.to(dtype)):g} in {dtype}, the"
+            " curvature's dtype, expected positive and finite there"
+        )
 
 
 def _finite(value: Any, name: str) -> float | Tensor:

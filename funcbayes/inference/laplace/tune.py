@@ -18,7 +18,7 @@ from funcbayes.core import trees
 from funcbayes.core.trees import TensorTree
 from funcbayes.inference.checks import check_state, check_training
 from funcbayes.inference.laplace.evidence import log_marginal_likelihood
-from funcbayes.inference.laplace.gaussian import decomposed
+from funcbayes.inference.laplace.gaussian import decomposed, without_roundings
 from funcbayes.inference.laplace.noise import at_noise
 from funcbayes.inference.laplace.priors import (
     Prior,
@@ -194,17 +194,21 @@ class Problem:
         )
         self.prior = prior
         with torch.no_grad():
+            # The curvature has rounded by that of its own dtype.
+            eps = max(torch.finfo(leaf.dtype).eps for leaf in trees.leaves(state.curvature))
             wide = trees.tensor_map(lambda t: t.double() if t.is_floating_point() else t, state)
             if not learn_noise:
                 curvature, loss = at_noise(wide, noise_std)
                 wide = wide._replace(curvature=curvature, loss=loss, noise=())
+            curvature = wide.curvature
             if not (isinstance(wide.noise, Noise) and wide.noise.std.dim()):
                 once = {"scalar": True, "per_element": False}
-                wide = wide._replace(
-                    curvature=decomposed(
-                        wide.curvature, lambda names: once.get(prior, len(names) == 1)
-                    )
+                curvature = decomposed(
+                    curvature, lambda names: once.get(prior, len(names) == 1), eps=eps
                 )
+            if eps > torch.finfo(torch.float64).eps:
+                curvature = without_roundings(curvature, eps)
+            wide = wide._replace(curvature=curvature)
             shifts = trees.leaves(leaf_deviations(prior_mean, wide.mean))
         self._state: LaplaceState = wide
         self._prior_mean = prior_mean

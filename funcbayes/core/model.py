@@ -153,6 +153,24 @@ class Model:
         """
         return self.apply(params, x, constants), {}
 
+    def replace(self, params: TensorTree, constants: Constants | None = None) -> "Model":
+        """The same network at other parameters.
+
+        Args:
+            params: tree like `self.params`.
+            constants: replaces the constants of the same names, such as the statistics of batch
+                norm; the others are the model's.
+
+        Raises:
+            ValueError: `params` is another tree than `self.params`; `constants` has a name that
+                the model does not.
+        """
+        check_like(params, self.params, name="params")
+        moved = copy.copy(self)
+        moved.params = tensor_map(torch.Tensor.detach, params)
+        moved.constants = self._merged(constants)
+        return moved
+
     def _merged(self, constants: Constants | None) -> dict[str, Tensor]:
         unknown = (constants or {}).keys() - self.constants.keys()
         if unknown:

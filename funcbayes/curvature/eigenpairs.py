@@ -53,6 +53,27 @@ class EigenInfo(NamedTuple):
     converged: bool
 
 
+def num_held(size: int, rank: int, item_bytes: int) -> int:
+    """How many vectors `top_eigenpairs` holds at a time.
+
+    Args:
+        size: of H.
+        rank: how many eigenvalues are looked for.
+        item_bytes: of a number.
+    """
+    rank, width = min(rank, size), _width(size, rank)
+    return _basis_rows(size, width, item_bytes) + 2 * width + rank
+
+
+def _width(size: int, rank: int) -> int:
+    return min(size, rank + OVERSAMPLING)
+
+
+def _basis_rows(size: int, width: int, item_bytes: int) -> int:
+    blocks = min(MOST_BLOCKS, max(FEWEST_BLOCKS, BASIS_BYTES // (width * size * item_bytes)))
+    return min(size, blocks * width)
+
+
 def top_eigenpairs(
     product: Callable[[Tensor], Tensor],
     size: int,
@@ -94,13 +115,11 @@ def top_eigenpairs(
     if order not in ORDERS:
         raise ValueError(f'`order` is {order!r}, expected "magnitude" or "algebraic"')
     rank = min(rank, size)
-    width = min(size, rank + OVERSAMPLING)
+    width = _width(size, rank)
     eps = torch.finfo(dtype).eps
     if tolerance is None:
         tolerance = 1e-3 if eps > 1e-10 else 1e-6
-    row_bytes = size * torch.empty((), dtype=dtype).element_size()
-    blocks = min(MOST_BLOCKS, max(FEWEST_BLOCKS, BASIS_BYTES // (width * row_bytes)))
-    limit = min(size, blocks * width)
+    limit = _basis_rows(size, width, torch.empty((), dtype=dtype).element_size())
 
     # Vectors are rows here, one behind the other in memory. H maps the span of `basis` into
     # that of `basis` and `block`; `projected` is H within `basis`.

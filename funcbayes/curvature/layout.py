@@ -30,12 +30,14 @@ class Group:
         names: of the leaves.
         kind: "diagonal", "kronecker", "ekfac", "dense" (one block), "rows" (one block for each
             row of a matrix) or "low_rank".
+        size: how many numbers the block holds; of "low_rank": how many each of its vectors has.
         why: for the report: why a leaf did not get what the structure says; empty where it did.
     """
 
     numbers: tuple[int, ...]
     names: tuple[str, ...]
     kind: str
+    size: int
     why: str
 
 
@@ -57,7 +59,9 @@ def groups(
     for pattern, kind in _patterns(structure).items():
         own = [i for i, name in enumerate(names) if _first(structure, name) == pattern]
         if kind in ("dense", "low_rank"):
-            found.append(_group(own, names, kind))
+            num = sum(leaves[i].numel() for i in own)
+            size = num**2 if kind == "dense" else num
+            found.append(_group(own, names, kind, size))
         else:
             found.extend(_single(i, names, leaves[i], plan, kind) for i in own)
     return tuple(sorted(found, key=lambda group: group.numbers))
@@ -78,6 +82,10 @@ def check_structure(structure: Any, names: Sequence[str]) -> None:
             ' of patterns on parameter names to these, e.g. {"head.*": "dense", "*": "diagonal"}'
         )
     for pattern, kind in _patterns(structure).items():
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"`structure` has the key {pattern!r}, expected a pattern on parameter names, a str"
+            )
         where = "`structure`" if isinstance(structure, str) else f"`structure[{pattern!r}]`"
         if kind not in STRUCTURES:
             raise ValueError(f"{where} is {kind!r}, expected one of {known}")
@@ -106,29 +114,35 @@ def _first(structure: Structure, name: str) -> str | None:
     return next((p for p in structure if p == name or fnmatchcase(name, p)), None)
 
 
-def _group(numbers: Sequence[int], names: Sequence[str], kind: str, why: str = "") -> Group:
-    return Group(tuple(numbers), tuple(names[i] for i in numbers), kind, why)
+def _group(
+    numbers: Sequence[int], names: Sequence[str], kind: str, size: int, why: str = ""
+) -> Group:
+    return Group(tuple(numbers), tuple(names[i] for i in numbers), kind, size, why)
 
 
 def _single(number: int, names: Sequence[str], leaf: Tensor, plan: Plan, kind: str) -> Group:
     """The group of one leaf, in a structure that treats leaves one by one."""
+    size = leaf.numel()
     if kind == "diagonal":
-        return _group([number], names, "diagonal")
+        return _group([number], names, "diagonal", size)
     if kind == "block_diagonal":
-        return _group([number], names, "dense")
+        return _group([number], names, "dense", size**2)
     used = [(use, use.weight == number) for use in plan.uses if number in (use.weight, use.bias)]
     # Several uses share their factors, if they see the weight as the same matrix.
     forms = {(use.rule.name, contractions.groups(use.options)) for use, _ in used}
     linear = all(is_weight and use.rule.is_linear for use, is_weight in used)
     if number not in plan.general and linear and len(forms) == 1:
-        return _group([number], names, kind)
-    size = leaf.numel()
+        ((_, num_groups),) = forms
+        rows = leaf.shape[0] // num_groups
+        held = num_groups * (rows**2 + (size // leaf.shape[0]) ** 2)
+        return _group([number], names, kind, held + (size if kind == "ekfac" else 0))
     what = _what(number, plan, used)
     if size**2 <= SMALL_BLOCK:
-        return _group([number], names, "dense", f"{what}: an exact block")
-    if leaf.dim() == 2 and leaf.numel() * leaf.shape[1] <= SMALL_BLOCK:
-        return _group([number], names, "rows", f"{what}: an exact block for each row")
-    return _group([number], names, "diagonal", f"{what}, and too large for a block: its diagonal")
+        return _group([number], names, "dense", size**2, f"{what}: an exact block")
+    if leaf.dim() == 2 and (held := size * leaf.shape[1]) <= SMALL_BLOCK:
+        return _group([number], names, "rows", held, f"{what}: an exact block for each row")
+    why = f"{what}, and too large for a block: its diagonal"
+    return _group([number], names, "diagonal", size, why)
 
 
 def _what(number: int, plan: Plan, used: Sequence[Any]) -> str:

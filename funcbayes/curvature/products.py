@@ -433,7 +433,8 @@ def _product(problem: _Problem, data: Any, vectors: Any) -> tuple[Tensor, int]:
         total[start:stop] += products
 
     num_data = _accumulate(problem, data, len(rows), columns, add)
-    trees.check_finite(total, name="product")
+    names = trees.names(problem.model.params)
+    check_curvature([names[i] for i in problem.chosen], [total], problem.likelihood)
     return total.mT, num_data
 
 
@@ -800,3 +801,34 @@ def _storage(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # a sparse tensor, for one, has none
         return id(tensor)
+
+
+def check_curvature(names: Sequence[str], numbers: Sequence[Tensor], likelihood: Any) -> None:
+    """Refuses NaN and infinite values.
+
+    Args:
+        names: of the parameters that the numbers belong to.
+        numbers: blocks or products of the curvature.
+        likelihood: what the curvature is of.
+
+    Raises:
+        ValueError: a value is not finite; the message says what may be the reason.
+    """
+    if all(map(trees.is_finite, numbers)):
+        return
+    reason = (
+        "does a gradient overflow, does the network take a root or a logarithm of 0, or do the"
+        " inputs hold infinite values?"
+    )
+    if getattr(likelihood, "hessian_needs_targets", False):
+        reason = (
+            "is the negative log likelihood convex in the outputs at every datum? A Hessian in"
+            " them with a negative eigenvalue has no root. Or " + reason
+        )
+    raise ValueError(f"the curvature of {listed(names)} is not finite: {reason}")
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

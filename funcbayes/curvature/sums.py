@@ -28,14 +28,16 @@ from funcbayes.curvature.blocks import (
     KroneckerBlock,
     LowRankBlock,
 )
-from funcbayes.curvature.eigenpairs import top_eigenpairs
+from funcbayes.curvature.eigenpairs import num_held, top_eigenpairs
 from funcbayes.curvature.layout import Group, Structure, check_structure, groups
 from funcbayes.curvature.perturbation import Columns, Gradients, Plan
 from funcbayes.curvature.products import (
     CurvatureOperator,
+    check_curvature,
     check_reiterable,
     hessian_dense,
     hessian_diagonal,
+    listed,
 )
 
 logger = logging.getLogger("funcbayes")
@@ -46,6 +48,16 @@ SHARING = ("expand", "reduce")
 # Memory that one pass may take for activations and gradients, from which the number of data
 # at a time follows. Larger passes are no faster: they leave the cache at every operation.
 CHUNK_BYTES = 2**28
+
+# What a message calls a kind of block.
+_BLOCKS = {
+    "dense": "dense one",
+    "rows": "one for each row",
+    "diagonal": "diagonal",
+    "kronecker": "Kronecker product",
+    "ekfac": "Kronecker product",
+    "low_rank": "one of low rank",
+}
 
 # A curvature whose smallest eigenvalue is so far below 0, relative to the largest in magnitude,
 # is not positive but for rounding.
@@ -326,7 +338,7 @@ def curvature_sums(
         chunk_size,
         dtype,
     )
-    sums = _Sums(problem, names, structure, sharing, per_output=per_output_noise)
+    sums = _Sums(problem, names, structure, sharing, rank, per_output=per_output_noise)
     sums.go_through(data)
     if any(group.kind == "ekfac" for group in sums.groups) and curvature != "hessian":
         sums = sums.corrected()
@@ -345,15 +357,7 @@ def curvature_sums(
         noise = sums.noise(per_output=per_output_noise)
     # A finite loss may have an infinite slope: the root of an output that is zero, for one.
     for own, block in blocks.items():
-        if all(map(trees.is_finite, block)):
-            continue
-        reason = "does a gradient overflow, or does the network take a root or a logarithm of 0?"
-        if getattr(likelihood, "hessian_needs_targets", False):
-            reason = (
-                "is the negative log likelihood convex in the outputs at every datum? A Hessian in"
-                " them with a negative eigenvalue has no root. Or " + reason
-            )
-        raise ValueError(f"the curvature of {_listed(own)} is not finite: {reason}")
+        check_curvature(own, block, likelihood)
     ordered = {group.names: blocks[group.names] for group in sums.groups}
     return CurvatureSums(Curvature(ordered), sums.loss, count, noise)
 
@@ -386,7 +390,7 @@ def _low_rank(
             logger.warning(
                 "the largest eigenvalues of %s have not converged after %d passes over the data"
                 " (relative residual %.1e)",
-                _listed(group.names),
+                listed(group.names),
                 info.num_products,
                 info.residual,
             )
@@ -395,7 +399,7 @@ def _low_rank(
                 "the Hessian of %s has negative eigenvalues (at most %.3g, the largest is %.3g),"
                 " which its %d largest leave out where they are smaller: train to a minimum, or use"
                 " the GGN",
-                _listed(group.names),
+                listed(group.names),
                 info.smallest,
                 float(values.abs().max()),
                 len(values),
@@ -431,6 +435,7 @@ class _Sums:
         names: Sequence[str],
         structure: Structure,
         sharing: str,
+        rank: int | None,
         *,
         per_output: bool,
     ) -> None:
@@ -438,6 +443,7 @@ class _Sums:
         self.names = names
         self.structure = structure
         self.sharing = sharing
+        self.rank = rank
         self.per_output = per_output
         self.bases: list[dict[tuple[str, ...], Block]] | None = None
         self.groups: tuple[Group, ...] = ()
@@ -451,7 +457,12 @@ class _Sums:
     def corrected(self) -> "_Sums":
         """Empty sums for a second pass, which corrects eigenvalues in the bases of the first."""
         again = _Sums(
-            self.problem, self.names, self.structure, self.sharing, per_output=self.per_output
+            self.problem,
+            self.names,
+            self.structure,
+            self.sharing,
+            self.rank,
+            per_output=self.per_output,
         )
         with perturbation.undisturbed():
             again.bases = []
@@ -460,6 +471,7 @@ class _Sums:
                 for group, sums in accumulators.items():
                     block = sums.block()
                     if group.kind == "ekfac" and isinstance(block, KroneckerBlock):
+                        check_curvature(group.names, block, self.problem.likelihood)
                         found[group.names] = eigenbasis(block)
                 again.bases.append(found)
             if self.per_output:  # one basis for all outputs, so that they add up
@@ -514,8 +526,7 @@ class _Sums:
         self.example = plan.outputs
         self.groups = groups(self.names, problem.leaves, plan, self.structure)
         num = self.num_outputs if self.per_output else 1
-        for group in self.groups:
-            self._check_memory(group, num)
+        self._check_memory(num)
         for i in range(num):
             own: dict[Group, Accumulator] = {}
             for group in self.groups:
@@ -527,20 +538,33 @@ class _Sums:
                 )
             self.accumulators.append(own)
 
-    def _check_memory(self, group: Group, num: int) -> None:
+    def _check_memory(self, num: int) -> None:
+        """Refuses sums, of `num` curvatures, that do not fit into memory."""
         problem = self.problem
-        size = sum(problem.leaves[i].numel() for i in group.numbers)
-        if group.kind != "dense":
-            return
         item = torch.empty((), dtype=problem.dtype).element_size()
-        needed, free = num * item * size**2, memory.available_bytes(problem.leaves[0].device)
-        if needed <= free:
+        needed: dict[Group, int] = {}
+        for group in self.groups:
+            if group.kind == "low_rank":
+                vectors = num_held(group.size, self.rank or 1, item)
+                needed[group] = item * group.size * vectors
+            elif problem.kind != "hessian" or group.kind != "diagonal":
+                needed[group] = num * item * group.size
+        total = sum(needed.values())
+        free = memory.available_bytes(problem.leaves[0].device)
+        if total <= free:
             return
+        largest = max(needed, key=lambda group: needed[group])
+        size = sum(problem.leaves[i].numel() for i in largest.numbers)
+        whole = num * item * sum(leaf.numel() for leaf in problem.leaves)
+        smaller = f'structure="diagonal" takes {memory.gigabytes(whole)}'
+        if largest.kind in ("dense", "rows"):
+            smaller += ', "kronecker" a little more, "low_rank" a few times that for each rank'
+        taken = memory.gigabytes(needed[largest])
         raise MemoryError(
-            f"a dense block over the {size:,} numbers of {_listed(group.names)} takes"
-            f" {memory.gigabytes(needed)}, and {memory.gigabytes(free)} are free:"
-            f' structure="diagonal" takes {memory.gigabytes(item * size)}, "kronecker" a little'
-            ' more; or choose fewer parameters by `bayesian`, or "low_rank"'
+            f"the curvature takes {memory.gigabytes(total)}, and {memory.gigabytes(free)} are free."
+            f" The largest block is the {_BLOCKS[largest.kind]} over the {size:,} numbers of"
+            f" {listed(largest.names)} with {taken}: {smaller}; or choose fewer parameters by"
+            " `bayesian`"
         )
 
     def _add(self, plan: Plan, x: Any, y: Any, number: int) -> Plan:
@@ -720,11 +744,6 @@ def _gradients(
 
 def _data_at_a_time(plan: Plan, columns: int) -> int:
     return max(1, CHUNK_BYTES // (plan.bytes_per_datum + (columns - 1) * plan.bytes_per_column + 1))
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_targets(likelihood: Likelihood, outputs: Any, targets: Any, size: int) -> None:

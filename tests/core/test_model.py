@@ -645,3 +645,22 @@ def test_a_network_that_overwrites_its_weights_leaves_those_of_the_user(method):
         assert value.data_ptr() == pointers[name], name
     for name, value in (model.params | model.constants).items():
         assert value.data_ptr() == pointers[name], name
+
+
+def test_a_model_at_other_values_leaves_the_first_as_it_is():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    model, x = Model.from_module(net), torch.randn(4, 2)
+    params = {name: p + 1 for name, p in model.params.items()}
+    mean = torch.ones(3)
+    moved = model.replace(params, {"1.running_mean": mean})
+    torch.testing.assert_close(
+        moved.apply(moved.params, x), model.apply(params, x, {"1.running_mean": mean})
+    )
+    assert not torch.equal(moved.apply(moved.params, x), model.apply(model.params, x))
+    assert model.params["0.weight"] is not params["0.weight"]
+    assert torch.equal(model.constants["1.running_mean"], torch.zeros(3))
+    with pytest.raises(ValueError, match="`params`"):
+        model.replace({"weight": torch.ones(3)})
+    with pytest.raises(ValueError, match="`constants` has"):
+        model.replace(params, {"mean": mean})

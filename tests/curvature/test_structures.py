@@ -392,14 +392,30 @@ def test_iterators_cannot_be_gone_through_twice():
         )
 
 
-def test_a_dense_block_that_does_not_fit_says_how_large_it_is(monkeypatch):
-    monkeypatch.setattr("funcbayes.core.memory.available_bytes", lambda device: 10_000)
+@pytest.mark.parametrize(
+    ("structure", "what"),
+    [
+        ("dense", "dense one"),
+        ("block_diagonal", "dense one"),
+        ("kronecker", "Kronecker product"),
+        ("ekfac", "Kronecker product"),
+        ("low_rank", "one of low rank"),
+    ],
+)
+def test_what_does_not_fit_says_how_large_it_is(monkeypatch, structure, what):
     net, x = case("mlp")
     likelihood = fb.likelihoods.Categorical()
-    with pytest.raises(MemoryError, match=r"a dense block over the 69 numbers .* takes .* MB"):
-        curvature.ggn(
-            fb.Model.from_module(net), (x, targets(likelihood)), likelihood, structure="dense"
-        )
+    data, rank = (x, targets(likelihood)), 3 if structure == "low_rank" else None
+    model = fb.Model.from_module(net)
+    # What a fit keeps is at most what is counted before it.
+    found = curvature.ggn(model, data, likelihood, structure=structure, rank=rank)
+    kept = 4 * sum(t.numel() for block in found.blocks.values() for t in block)
+    monkeypatch.setattr("funcbayes.core.memory.available_bytes", lambda device: kept // 2)
+    with pytest.raises(MemoryError, match=rf"the curvature takes .* is the {what} over the [0-9]+"):
+        curvature.ggn(model, data, likelihood, structure=structure, rank=rank)
+    monkeypatch.setattr("funcbayes.core.memory.available_bytes", lambda device: 4 * kept)
+    if structure != "low_rank":  # which looks for its vectors among several times as many
+        curvature.ggn(model, data, likelihood, structure=structure)
 
 
 def test_uses_that_differ_between_data_are_exact_or_named():

@@ -10,7 +10,7 @@ Source:
 
 from funcbayes.inference.laplace.evidence import log_marginal_likelihood
 from funcbayes.inference.laplace.gaussian import decompose, posterior
-from funcbayes.inference.laplace.online import OnlineInfo, OnlineResult, online
+from funcbayes.inference.laplace.online import OnlineHistory, OnlineInfo, OnlineResult, online
 from funcbayes.inference.laplace.state import LaplaceState, Noise, fit, merge
 from funcbayes.inference.laplace.tune import TuneResult, tune
 from funcbayes.inference.laplace.validation import ValidationResult, tune_by_validation
@@ -18,6 +18,7 @@ from funcbayes.inference.laplace.validation import ValidationResult, tune_by_val
 __all__ = [
     "LaplaceState",
     "Noise",
+    "OnlineHistory",
     "OnlineInfo",
     "OnlineResult",
     "TuneResult",

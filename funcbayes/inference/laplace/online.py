@@ -1,6 +1,5 @@
 """Training with the prior and the noise chosen by the marginal likelihood on the way."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -64,6 +63,7 @@ class OnlineResult(NamedTuple):
     Attributes:
         params: the trained parameters.
         constants: the model's constants as training left them: the statistics of batch norm.
+            `model.replace(result.params, result.constants)` is the trained model.
         prior_precision: as `posterior` takes it.
         noise_std: as `posterior` takes it; None where the noise is not learnt.
         history: the choices on the way.
@@ -231,7 +231,7 @@ def online(
         if due or epoch == num_epochs:
             check_finite(params, name="params")
             state = fit(
-                _moved(model, params, constants),
+                model.replace(params, constants),
                 data,
                 likelihood=likelihood,
                 structure=structure,
@@ -306,14 +306,6 @@ def _nll(
     likelihood.check(outputs, targets)
     buffers = trees.tensor_map(torch.Tensor.detach, buffers)
     return likelihood.nll(outputs, targets).mean(), {**constants, **buffers}
-
-
-def _moved(model: Model, params: TensorTree, constants: dict[str, Tensor]) -> Model:
-    """The model at other parameters and constants."""
-    moved = copy.copy(model)
-    moved.params = tree_map(torch.Tensor.detach, params)
-    moved.constants = constants
-    return moved
 
 
 def _num_data(data: Any) -> int:

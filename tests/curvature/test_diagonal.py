@@ -361,7 +361,7 @@ def case(name):
 
 
 # Said by torch of these networks, whoever runs them.
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel", "ignore:.*_weight_norm")
+@pytest.mark.filterwarnings("ignore:.*_weight_norm")
 @pytest.mark.parametrize("kind", CURVATURES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_equals_the_dense_reference_in_one_pass(name, kind, caplog):

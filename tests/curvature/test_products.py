@@ -198,7 +198,6 @@ def tiny():
     return case("mlp")
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", BATCHED)
 def test_equals_the_dense_matrix_without_a_loop(name, kind, caplog):
@@ -517,7 +516,6 @@ class TestOperator:
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "lstm"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_nothing_of_the_caller_changes(name, kind):
     torch.manual_seed(0)
     make, inputs = {**BATCHED, **LOOPED}[name]

@@ -47,7 +47,11 @@ SHARING = ("expand", "reduce")
 
 # Memory that one pass may take for activations and gradients, from which the number of data
 # at a time follows. Larger passes are no faster: they leave the cache at every operation.
-CHUNK_BYTES = 2**28
+CHUNK_BYTES = 2**26
+# With fewer data than this at a time, the products of a deep network are too small to be fast:
+# such a pass may take more memory.
+WORTHWHILE_DATA = 32
+MOST_CHUNK_BYTES = 2**28
 
 # What a message calls a kind of block.
 _BLOCKS = {
@@ -743,7 +747,9 @@ def _gradients(
 
 
 def _data_at_a_time(plan: Plan, columns: int) -> int:
-    return max(1, CHUNK_BYTES // (plan.bytes_per_datum + (columns - 1) * plan.bytes_per_column + 1))
+    bytes_per_datum = plan.bytes_per_datum + (columns - 1) * plan.bytes_per_column + 1
+    step = max(CHUNK_BYTES // bytes_per_datum, WORTHWHILE_DATA)
+    return max(1, min(step, MOST_CHUNK_BYTES // bytes_per_datum))
 
 
 def _check_targets(likelihood: Likelihood, outputs: Any, targets: Any, size: int) -> None:

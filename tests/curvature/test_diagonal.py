@@ -572,7 +572,7 @@ def test_automatic_chunks_follow_the_budget(monkeypatch):
     ggn(model, (x, y), likelihood)
     assert seen == [N]
     seen.clear()
-    monkeypatch.setattr("funcbayes.curvature.sums.CHUNK_BYTES", 1)
+    monkeypatch.setattr("funcbayes.curvature.sums.MOST_CHUNK_BYTES", 1)
     ggn(model, (x, y), likelihood)
     assert seen == [1] * N
 

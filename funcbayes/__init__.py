@@ -24,7 +24,14 @@ from funcbayes.modules import (
     MCDropout,
     VariationalBayesNN,
 )
-from funcbayes.prediction import LinearizedPredictive, Predictive, linearized, predict
+from funcbayes.prediction import (
+    LinearizedPredictive,
+    Plan,
+    Predictive,
+    explain,
+    linearized,
+    predict,
+)
 
 if TYPE_CHECKING:
     from funcbayes import testing
@@ -42,6 +49,7 @@ __all__ = [
     "MCDropout",
     "Model",
     "NotFittedError",
+    "Plan",
     "Predictive",
     "VariationalBayesNN",
     "__version__",
@@ -50,6 +58,7 @@ __all__ = [
     "curvature",
     "dropout",
     "ensemble",
+    "explain",
     "laplace",
     "likelihoods",
     "linearized",

@@ -2,7 +2,7 @@
 
 `KeyedDropout` answers every dropout call of a forward pass, whoever makes it: the `nn`
 layers, `torch.nn.functional`, attention, and recurrent layers. Sample i's masks are drawn in
-the order of the calls from a generator seeded by `keys[i]`, so they are the same numbers
+the order of the calls from the stream of `keys[i]`, so they are the same numbers
 whether the samples run in one vmapped pass, in chunks, or one by one.
 
 Source:
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcbayes.core import random, uses
+from funcbayes.core import random, uses, workers
 from funcbayes.core.random import Key
 
 # Masks compare 16 random bits with a threshold: four to a 64-bit word, which costs a tenth
@@ -58,13 +58,13 @@ class KeyedDropout(uses.Interpreter):
         always: bool,
         on_draw: Callable[[], None] | None = None,
     ) -> None:
-        """Prepares the generators; enter the object to make it hold."""
+        """Prepares the rules; enter the object to make it hold."""
         self.keys = list(keys)
         self.index = index
         self.rate = rate
         self.always = always
         self.on_draw = on_draw
-        self._generators: dict[torch.device, list[torch.Generator]] = {}
+        self._streams: dict[torch.device, list[random.Stream]] = {}
         super().__init__(self._all_rules())
 
     def _all_rules(self) -> dict[Callable[..., Any], uses.Rule]:
@@ -197,19 +197,18 @@ class KeyedDropout(uses.Interpreter):
         return keep.index_select(0, self.index.reshape(1)).view(shape), threshold
 
     def _bits(self, words: int, device: torch.device) -> Tensor:
-        generators = self._generators.get(device)
-        if generators is None:
+        streams = self._streams.get(device)
+        if streams is None:
             keys = self.keys if self.index is not None else self.keys[:1]
-            generators = [random.generator(key, device) for key in keys]
-            self._generators[device] = generators
-        bits = torch.empty(len(generators), words, dtype=torch.int64, device=device)
-        rows = bits.unbind(0)
+            streams = self._streams[device] = [random.Stream(key, device) for key in keys]
+        rows = random.memory((len(streams), words), torch.int64, device)
 
-        def fill(i: int) -> None:
-            rows[i].random_(-(2**63), None, generator=generators[i])
+        def fill(start: int, stop: int) -> None:
+            for i in range(start, stop):
+                streams[i].words(rows[i])
 
-        random.fill_rows(fill, len(rows), words, device)
-        return bits
+        workers.over_rows(fill, len(streams), words, device)
+        return random.tensor(rows)
 
 
 _ATTENTION = inspect.Signature(

@@ -41,7 +41,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self.plans: dict[Any, Any] = {}
-        self.buffers: deque[Tensor] = deque(maxlen=2)
+        self.buffers: deque[Tensor] = deque()
 
     def remember(self, key: Any, plan: Any) -> None:
         """Keeps a plan, and forgets the oldest beyond a limit."""

@@ -82,6 +82,16 @@ def clone(tree: TensorTree) -> TensorTree:
     return tensor_map(lambda x: x.detach().clone(memory_format=torch.contiguous_format), tree)
 
 
+def concatenate(parts: Sequence[Any]) -> Any:
+    """Joins trees along the leading axis of their tensor leaves; others are those of the first."""
+    if len(parts) == 1:
+        return parts[0]
+    return tree_map(
+        lambda *x: torch.cat(x) if isinstance(x[0], Tensor) else x[0],  # pyright: ignore[reportArgumentType]
+        *parts,
+    )
+
+
 def stack(trees: Sequence[TensorTree]) -> TensorTree:
     """Joins trees of one structure along a new leading axis of each leaf.
 

@@ -250,6 +250,28 @@ def batchable() -> Interpreter:
     return Interpreter(rules)
 
 
+def batchable_weights() -> Interpreter:
+    """What `batchable` does, and linear maps whose weights are mapped take flat inputs.
+
+    Of a weight that differs from sample to sample torch would make a copy for every position of
+    a longer input.
+    """
+    interpreter = batchable()
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if input.dim() < 3 or not trees.in_transform(weight):
+            return F.linear(input, weight, bias)
+        flat = F.linear(input.reshape(-1, input.shape[-1]), weight, bias)
+        return flat.view(*input.shape[:-1], weight.shape[0])
+
+    def multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        with interpreter:
+            return multi_head_attention(*args, **kwargs)
+
+    interpreter.rules |= {F.linear: linear, F.multi_head_attention_forward: multi_head}
+    return interpreter
+
+
 def unless_mapped(func: Callable[..., Any]) -> Rule:
     """A rule for a function without a batching rule: an error on tensors that vmap maps."""
 

@@ -1,11 +1,12 @@
 """What every posterior offers, and what a prediction takes from it."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from funcbayes.core import random, trees
+from funcbayes.core import random, trees, workers
 from funcbayes.core.random import Key, KeyLike
 from funcbayes.core.trees import TensorTree
 
@@ -105,3 +106,30 @@ def noise_rows(
     """Standard normal rows `[stop − start, size]` in the format of `like`."""
     dtype, device = noise_format(like)
     return random.normal_rows(key, start, stop, size, dtype=dtype, device=device, out=out)
+
+
+def draw_rows(
+    draw: Callable[[int, int, Tensor | None], TensorTree],
+    like: TensorTree,
+    start: int,
+    stop: int,
+    out: Tensor | None,
+) -> TensorTree:
+    """Samples start … stop − 1, several at a time where a buffer takes them.
+
+    Args:
+        draw: `draw(start, stop, out)` gives a range of samples; in `out`, if that is given and
+            has the leaves' dtype.
+        like: the tree of one sample.
+        start: number of the first sample.
+        stop: one past the number of the last one.
+        out: buffer `[stop − start, numbers]`, those of `like` first in each row.
+    """
+    if out is None or any(leaf.dtype != out.dtype for leaf in trees.leaves(like)):
+        return draw(start, stop, out)
+
+    def work(first: int, last: int) -> None:
+        draw(start + first, start + last, out[first:last])
+
+    workers.over_rows(work, len(out), out.shape[1], out.device)
+    return trees.unravel(out[:, : trees.num_elements(like)], like, batch_dims=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from funcbayes.core import random, trees
 from funcbayes.core.random import KeyLike
 from funcbayes.core.trees import TensorTree
-from funcbayes.posteriors.base import Draws, check_num_samples, noise_rows
+from funcbayes.posteriors.base import Draws, check_num_samples, draw_rows, noise_rows
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -46,9 +46,13 @@ class Diagonal(NamedTuple):
 
     def draw(self, key: KeyLike, start: int, stop: int, out: Tensor | None = None) -> Draws:
         """Samples start … stop − 1, as `Posterior.draw` has it."""
-        noise = noise_rows(self.mean, key, start, stop, self.draw_size, out)
-        z = trees.unravel(noise, self.mean, batch_dims=1)
-        return Draws(shift_scale(self.mean, self.std, z, in_place=out is not None), None, None)
+
+        def rows(start: int, stop: int, out: Tensor | None) -> TensorTree:
+            noise = noise_rows(self.mean, key, start, stop, self.draw_size, out)
+            z = trees.unravel(noise, self.mean, batch_dims=1)
+            return shift_scale(self.mean, self.std, z, in_place=out is not None)
+
+        return Draws(draw_rows(rows, self.mean, start, stop, out), None, None)
 
     def log_prob(self, params: TensorTree) -> Float[Tensor, ""]:
         """The log density at `params`, in nats; −∞ off the mean of a fixed parameter.

@@ -10,7 +10,7 @@ from torch import Tensor
 from funcbayes.core import random, trees
 from funcbayes.core.random import KeyLike
 from funcbayes.core.trees import TensorTree
-from funcbayes.posteriors.base import Draws, check_num_samples, noise_format, noise_rows
+from funcbayes.posteriors.base import Draws, check_num_samples, draw_rows, noise_format, noise_rows
 from funcbayes.posteriors.diagonal import shift_scale
 
 
@@ -52,17 +52,25 @@ class LowRank(NamedTuple):
 
     def draw(self, key: KeyLike, start: int, stop: int, out: Tensor | None = None) -> Draws:
         """Samples start … stop − 1, as `Posterior.draw` has it."""
-        noise = noise_rows(self.mean, key, start, stop, self.draw_size, out)
-        diagonal, low_rank = noise.split([self.draw_size - self.rank, self.rank], dim=1)
-        z = trees.unravel(diagonal, self.mean, batch_dims=1)
-        samples = shift_scale(self.mean, self.std, z, in_place=out is not None)
 
-        def add_low_rank(sample: Tensor, factor: Tensor) -> Tensor:
-            shift = low_rank.to(factor.dtype) @ factor.reshape(self.rank, factor.shape[1:].numel())
-            shift = shift.view(sample.shape)
-            return sample.add_(shift) if out is not None else sample + shift
+        def rows(start: int, stop: int, out: Tensor | None) -> TensorTree:
+            noise = noise_rows(self.mean, key, start, stop, self.draw_size, out)
+            diagonal, low_rank = noise.split([self.draw_size - self.rank, self.rank], dim=1)
+            z = trees.unravel(diagonal, self.mean, batch_dims=1)
+            samples = shift_scale(self.mean, self.std, z, in_place=out is not None)
 
-        return Draws(trees.tree_map(add_low_rank, samples, self.factor), None, None)
+            def add_low_rank(sample: Tensor, factor: Tensor) -> Tensor:
+                weights = low_rank.to(factor.dtype)
+                flat = factor.reshape(self.rank, factor.shape[1:].numel())
+                if out is not None and sample.dtype == factor.dtype:
+                    # A view also where the leaf's rows lie apart in the buffer.
+                    sample.view(sample.shape[0], flat.shape[1]).addmm_(weights, flat)
+                    return sample
+                return sample + (weights @ flat).view(sample.shape)
+
+            return trees.tree_map(add_low_rank, samples, self.factor)
+
+        return Draws(draw_rows(rows, self.mean, start, stop, out), None, None)
 
     def log_prob(self, params: TensorTree) -> Float[Tensor, ""]:
         """The log density at `params`, in nats, by Woodbury's identity, in float64.

@@ -64,8 +64,8 @@ class Mixture(NamedTuple):
             number = min(int(torch.searchsorted(bounds, where)), len(self.components) - 1)
             rows.append(self.components[number].draw(random.fold_in(key, number), i, i + 1))
         params, constants, _ = zip(*rows, strict=True)
-        joined = None if constants[0] is None else _concatenate(constants)
-        return Draws(_concatenate(params), joined, None)
+        joined = None if constants[0] is None else trees.concatenate(constants)
+        return Draws(trees.concatenate(params), joined, None)
 
     def log_prob(self, params: TensorTree) -> Float[Tensor, ""]:
         """The log density at `params`, in nats.
@@ -137,7 +137,3 @@ def mixture(
         )
     total = sum(values)
     return Mixture(components, torch.tensor([w / total for w in values], dtype=torch.float64))
-
-
-def _concatenate(parts: Sequence[TensorTree]) -> TensorTree:
-    return trees.tree_map(lambda *x: torch.cat(x), *parts)

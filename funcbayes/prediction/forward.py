@@ -1,19 +1,16 @@
 """One forward pass under sampled parameters, buffers and masks, in each way to run it."""
 
-import os
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from funcbayes.core import trees, uses
-from funcbayes.core.batching import map_samples
+from funcbayes.core import trees, uses, workers
+from funcbayes.core.batching import is_out_of_memory, map_samples
 from funcbayes.core.data import batch_size
 from funcbayes.core.masks import KeyedDropout
 from funcbayes.core.model import Model
@@ -64,7 +61,7 @@ def all_samples(model: Model, draws: Draws, x: Any) -> Any:
     # Masks are drawn inside, from generators of their own: "same" lets that pass.
     randomness = "error" if draws.masks is None else "same"
     # Where masks are drawn, their interpreter does what `batchable` does.
-    with uses.batchable() if draws.masks is None else nullcontext():
+    with uses.batchable_weights() if draws.masks is None else nullcontext():
         return vmap(one, in_dims=axes, randomness=randomness)(*arguments)
 
 
@@ -99,33 +96,26 @@ def _forward(
     return map_samples(one_row, x, keyed=True, quiet=True)
 
 
-def noise_buffer(model: Model, posterior: Any, rows: int) -> Tensor | None:
-    """An uninitialised buffer for `rows` samples; None where the posterior needs none."""
-    size = posterior.draw_size
-    if not size:
-        return None
-    dtype, device = noise_format(model.params)
-    with torch.inference_mode(False):  # so that it may be filled again in any mode
-        return torch.empty(rows, size, dtype=dtype, device=device)
+def evaluate(
+    model: Model, posterior: Any, key: Key | None, x: Any, start: int, stop: int, *, batched: bool
+) -> Any:
+    """Outputs `[samples, batch, *out]` of samples start … stop − 1.
 
-
-@contextmanager
-def kept_buffer(model: Model, posterior: Any, rows: int) -> Iterator[Tensor | None]:
-    """A buffer as `noise_buffer` gives it, in memory that the model keeps for the next time."""
-    size = rows * posterior.draw_size
-    try:
-        flat = model._scratch.buffers.pop()
-    except IndexError:
-        flat = None
-    dtype, device = noise_format(model.params)
-    if flat is None or flat.numel() < size or (flat.dtype, flat.device) != (dtype, device):
-        buffer = noise_buffer(model, posterior, rows)
-        flat = None if buffer is None else buffer.view(-1)
-    try:
-        yield None if flat is None or not size else flat[:size].view(rows, -1)
-    finally:
-        if flat is not None and flat.numel() * flat.element_size() <= _KEPT_BYTES:
-            model._scratch.buffers.append(flat)
+    Args:
+        model: the network.
+        posterior: what the samples are drawn from.
+        key: their key.
+        x: inputs.
+        start: number of the first sample.
+        stop: one past the number of the last one.
+        batched: whether they run in one batched pass; otherwise there is one sample.
+    """
+    with _kept_buffer(model, posterior, stop - start) as rows:
+        draws = posterior.draw(key, start, stop, rows)
+        if batched:
+            return apart(all_samples(model, draws, x), rows)
+        outputs = apart(one_sample(model, only(draws), x), rows)
+    return trees.tensor_map(lambda leaf: leaf.unsqueeze(0), outputs)
 
 
 def apart(outputs: Any, buffer: Tensor | None) -> Any:
@@ -138,53 +128,92 @@ def apart(outputs: Any, buffer: Tensor | None) -> Any:
     )
 
 
-def one_by_one(
-    model: Model, posterior: Any, key: Key | None, x: Any, start: int, stop: int
+def noise_buffer(model: Model, posterior: Any, rows: int) -> Tensor | None:
+    """An uninitialised buffer for `rows` samples; None where the posterior needs none."""
+    size = posterior.draw_size
+    if not size:
+        return None
+    dtype, device = noise_format(model.params)
+    with torch.inference_mode(False):  # so that it may be filled again in any mode
+        return torch.empty(rows, size, dtype=dtype, device=device)
+
+
+@contextmanager
+def _kept_buffer(model: Model, posterior: Any, rows: int) -> Iterator[Tensor | None]:
+    """A buffer as `noise_buffer` gives it, in memory that the model keeps for the next time."""
+    size = rows * posterior.draw_size
+    if not size:
+        yield None
+        return
+    kept = model._scratch.buffers
+    try:
+        flat = kept.pop()
+    except IndexError:
+        flat = None
+    dtype, device = noise_format(model.params)
+    if flat is None or flat.numel() < size or (flat.dtype, flat.device) != (dtype, device):
+        buffer = noise_buffer(model, posterior, rows)
+        flat = None if buffer is None else buffer.view(-1)
+    try:
+        yield None if flat is None else flat[:size].view(rows, -1)
+    finally:
+        if flat is not None:
+            others = sum(other.numel() for other in tuple(kept))
+            if (others + flat.numel()) * flat.element_size() <= _KEPT_BYTES:
+                kept.append(flat)
+
+
+def in_turn(
+    run: Callable[[int, int], Any], start: int, stop: int, chunk_size: int
 ) -> Iterator[Any]:
-    """Outputs of samples start … stop − 1 in order: the plain loop."""
-    buffer = noise_buffer(model, posterior, 1)
-    for i in range(start, stop):
-        yield apart(one_sample(model, only(posterior.draw(key, i, i + 1, buffer)), x), buffer)
+    """`run(a, b)` of ranges of samples, one after the other.
+
+    Where memory runs out, the rest goes on in ranges of half the size.
+    """
+    while start < stop:
+        size = min(chunk_size, stop - start)
+        try:
+            outputs = run(start, start + size)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or size == 1:
+                raise
+            chunk_size = size // 2
+            continue
+        start += size
+        yield outputs
 
 
 def in_threads(
-    model: Model, posterior: Any, key: Key | None, x: Any, start: int, stop: int
+    run: Callable[[int, int], Any], start: int, stop: int, chunk_size: int
 ) -> Iterator[Any]:
-    """Outputs of samples start … stop − 1 in order, one sample a worker at a time.
+    """`run(a, b)` of ranges of samples in order, one range a worker at a time.
 
-    Each worker keeps its sample in its own core's cache, which a batched call with many rows
-    does not, and holds one sample's parameters in memory.
+    Each worker keeps its samples in its own core's cache, which one call for all samples does
+    not.
     """
-    if getattr(_worker, "is_one", False) or torch._C._len_torch_function_stack() > 0:
-        # A worker that waited for workers could wait for itself; and a mode of the caller's
-        # is its own thread's.
-        yield from one_by_one(model, posterior, key, x, start, stop)
+    if workers.inside() or torch._C._len_torch_function_stack() > 0:
+        # A mode of the caller's is its own thread's.
+        yield from in_turn(run, start, stop, chunk_size)
         return
-    workers = torch.get_num_threads()
-    buffers = threading.local()
     inference = torch.is_inference_mode_enabled()
     autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
-    def work(i: int) -> Any:
+    def work(a: int, b: int) -> Any:
         # Modes are a thread's own: carry the caller's over.
         with (
             torch.inference_mode(inference),
             torch.no_grad(),
             torch.autocast("cpu", dtype=dtype, enabled=autocast),
         ):
-            if not hasattr(buffers, "row"):
-                buffers.row = noise_buffer(model, posterior, 1)
-            sample = only(posterior.draw(key, i, i + 1, buffers.row))
-            return apart(one_sample(model, sample, x), buffers.row)
+            return trees.concatenate(list(in_turn(run, a, b, b - a)))
 
-    with _pools_lock:
-        pool = _single_threaded_pool(workers, os.getpid())
+    pool, at_once = workers.pool(), 2 * torch.get_num_threads()
     waiting: list[Future[Any]] = []
     try:
-        for i in range(start, stop):
-            waiting.append(pool.submit(work, i))
+        for a in range(start, stop, chunk_size):
+            waiting.append(pool.submit(work, a, min(a + chunk_size, stop)))
             # A bounded queue, so that outputs do not pile up before they are merged.
-            if len(waiting) > 2 * workers:
+            if len(waiting) > at_once:
                 yield waiting.pop(0).result()
         while waiting:
             yield waiting.pop(0).result()
@@ -194,28 +223,3 @@ def in_threads(
         for future in waiting:
             if not future.cancelled():
                 future.exception()  # waits: nothing goes on behind the caller's back
-
-
-_worker = threading.local()
-_pools_lock = threading.Lock()
-
-
-@lru_cache(maxsize=4)
-def _single_threaded_pool(workers: int, pid: int) -> ThreadPoolExecutor:
-    """Workers whose torch operations run on one core each; `pid` because forks lose threads."""
-    del pid
-    ready = threading.Barrier(workers)
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        # A thread's first look takes over the number that was set last anywhere: look now.
-        torch.get_num_threads()
-        _worker.is_one = True
-        ready.wait()
-
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="funcbayes-samples")
-    for future in [pool.submit(start) for _ in range(workers)]:
-        future.result()
-    # torch hands the number that was set last to threads that start later.
-    torch.set_num_threads(workers)
-    return pool

@@ -1,10 +1,12 @@
 """Which way of running the samples is fastest for this model, batch and device.
 
 The first sample runs alone and is counted: its operations, those before anything random
-happens, and its largest tensor. From that the rest is planned; the plan is kept on the model
-for the next call with the same shapes.
+happens, its kernels, and its largest tensor. From these follows what each strategy would cost;
+the counts are kept on the model for the next call with the same shapes.
 """
 
+import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,20 +16,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from funcbayes.core import random, trees
+from funcbayes.core.memory import available_bytes, gigabytes
 from funcbayes.core.model import Model
 from funcbayes.posteriors import Draws
 from funcbayes.prediction.forward import one_sample
 
-# Below this many operations a sample, one batched call saves more in calls of small kernels
-# than it loses in cache; from there on the cache decides. Measured on two CPU cores.
-_SMALL = 1e8
-# How much slower a batched call then is than a single sample at a time: sampled weights make
-# grouped convolutions, sampled masks only longer batches.
-_BATCHED_WEIGHTS, _BATCHED_MASKS = 3.0, 1.3
-# What two cores with a sample each gain over two cores on one sample.
-_THREADS_GAIN = 1.3
+# Costs in operations of one core, at about 1e11 a second, as measured on two CPU cores. A pass
+# costs this much beside its operations, and each of its kernels that much: the interpreter's time.
+_PASS, _KERNEL = 5e7, 4e6
+# To hand work to threads and to wait for them.
+_START = 4e7
+# A number of noise.
+_NUMBER = 230.0
+# How much slower a batched pass is than single samples, since its tensors leave the cache; and
+# how much faster convolutions are on images whose channels come last, which batched ones are not.
+_BATCHED, _CHANNELS_LAST = 1.3, 0.8
+# What a core is worth that shares every operation with the others: they wait for each other.
+_SHARING = 0.75
 _CPU_BUDGET = 2 * 2**30
-_CUDA_SHARE = 0.5
+# The part of the memory that is free that a prediction takes at most.
+_SHARE = 0.5
 
 
 class Profile(NamedTuple):
@@ -37,6 +45,7 @@ class Profile(NamedTuple):
         shared: operations before the first uncertain parameter or dropout, which a batched
             call does once.
         sampled: the other operations.
+        kernels: how many of torch's kernels a pass runs.
         largest: bytes of the largest tensor on the way.
         stochastic: whether anything sampled was used at all.
         channels_last: whether the inputs may come in that memory format.
@@ -45,10 +54,71 @@ class Profile(NamedTuple):
 
     shared: float
     sampled: float
+    kernels: int
     largest: int
     stochastic: bool
     channels_last: bool
     batchable: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the samples of a prediction are run, and why. `print` shows it as a table.
+
+    Attributes:
+        strategy: "vmap", "loop" or "threads", as `predict` takes them.
+        chunk_size: samples in one batched pass; 1: each sample has a pass of its own.
+        num_samples: samples that are planned for.
+        threads: passes that run at a time.
+        channels_last: whether images are given in that memory format.
+        profile: what was counted in one sample's pass.
+        draw_bytes: memory that one sample's parameters take.
+        budget: bytes that the passes may take.
+        costs: what each strategy would cost, in operations of one core; empty where there was
+            no choice.
+        reason: why the strategy was chosen.
+    """
+
+    strategy: str
+    chunk_size: int
+    num_samples: int
+    threads: int
+    channels_last: bool
+    profile: Profile
+    draw_bytes: int
+    budget: int
+    costs: dict[str, float]
+    reason: str
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory for parameters and activations at a time, by estimate."""
+        return self.threads * self.chunk_size * sample_bytes(self.profile, self.draw_bytes)
+
+    def __str__(self) -> str:
+        """The plan as a table."""
+        one = self.profile
+        at_once = f"{self.chunk_size} a pass" if self.chunk_size > 1 else "a pass each"
+        rows = {
+            "strategy": f'"{self.strategy}": {self.reason}',
+            "samples": f"{self.num_samples}, {at_once}"
+            + (f", {self.threads} passes at a time" if self.threads > 1 else ""),
+            "operations": f"{one.sampled:.3g} a sample, {one.shared:.3g} that all samples share,"
+            f" {one.kernels} kernels a pass",
+            "bytes": f"{gigabytes(self.draw_bytes)} a sample's parameters,"
+            f" {gigabytes(one.largest)} the largest activation",
+            "memory": f"about {gigabytes(self.peak_bytes)} of a budget of {gigabytes(self.budget)}",
+        }
+        if self.channels_last:
+            rows["format"] = "channels last, which convolutions on CPU prefer"
+        if self.costs:
+            best = min(self.costs.values())
+            rows["cost"] = ", ".join(
+                f"{name} {cost / best:.2f}"
+                for name, cost in sorted(self.costs.items(), key=lambda item: item[1])
+            )
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
 
 
 def measure(model: Model, sample: Draws, x: Any) -> tuple[Any, Profile]:
@@ -72,35 +142,109 @@ def measure(model: Model, sample: Draws, x: Any) -> tuple[Any, Profile]:
     shared = counter.operations if counter.marked is None else counter.marked
     sampled = counter.operations - shared
     stochastic = counter.marked is not None
-    return outputs, Profile(shared, sampled, counter.largest, stochastic, False, True)
+    return outputs, Profile(
+        shared, sampled, counter.kernels, counter.largest, stochastic, False, True
+    )
 
 
-def choose(profile: Profile, num_samples: int, *, masks: bool, device: torch.device) -> str:
-    """The strategy that is fastest for the samples that are left."""
-    if num_samples == 1:
-        return "loop"
-    if device.type != "cpu":
-        return "vmap" if profile.batchable else "loop"
-    parallel = torch.get_num_threads() > 1
-    one_at_a_time = "threads" if parallel else "loop"
-    if not profile.batchable:
-        return one_at_a_time
-    if profile.sampled < _SMALL:
-        return "vmap"
-    penalty = _BATCHED_MASKS if masks else _BATCHED_WEIGHTS
-    batched = profile.shared + num_samples * profile.sampled * penalty
-    single = num_samples * (profile.shared + profile.sampled)
-    return "vmap" if batched < single / (_THREADS_GAIN if parallel else 1) else one_at_a_time
+def plan(
+    profile: Profile,
+    num_samples: int,
+    *,
+    strategy: str,
+    chunk_size: int | None,
+    draw_size: int,
+    draw_bytes: int,
+    device: torch.device,
+    budget: int | None,
+) -> Plan:
+    """How to run the samples.
+
+    Args:
+        profile: what one sample costs.
+        num_samples: how many samples there are.
+        strategy: the user's; "auto" takes what costs least.
+        chunk_size: most samples in one batched pass; None: what fits into memory.
+        draw_size: numbers that are drawn for a sample.
+        draw_bytes: memory that a sample's parameters take.
+        device: where the model lies.
+        budget: bytes that the passes may take; None: half of what is free, on CPU 2 GiB at most.
+    """
+    budget = memory_budget(device) if budget is None else budget
+    fitting = max(1, budget // sample_bytes(profile, draw_bytes))
+    cpu = device.type == "cpu"
+    cores = torch.get_num_threads() if cpu else 1
+    # A pass each in all workers, or as many samples in each as fit and share the work evenly.
+    shares = min(math.ceil(num_samples / cores), max(1, fitting // cores))
+    whole = min(num_samples, fitting)
+    if chunk_size is not None:
+        shares, whole = min(shares, chunk_size), min(num_samples, chunk_size)
+    ways = {"vmap": ("vmap", whole), "loop": ("loop", 1), "threads": ("threads", 1)}
+    costs: dict[str, float] = {}
+    if strategy != "auto":
+        name, reason = strategy, "as was asked for"
+        if strategy == "threads" and chunk_size is not None:
+            ways["threads"] = ("threads", shares)
+    elif num_samples == 1:
+        name, reason = "loop", "there is one sample"
+    elif not cpu:
+        name = "vmap" if profile.batchable else "loop"
+        reason = "one batched pass fills the device" if profile.batchable else _UNBATCHABLE
+    else:
+        costs = _costs(profile, num_samples, draw_size, cores)
+        ways["threads, batched"] = ("threads", shares)
+        if whole < num_samples:
+            # Passes in turn: no better than a share a core, and more memory.
+            costs.pop("vmap", None)
+        name = min(costs, key=lambda way: costs[way])
+        reason = _REASONS[name] if profile.batchable else _UNBATCHABLE
+    way, size = ways[name]
+    passes = math.ceil(num_samples / size)
+    threads = min(cores, passes) if way == "threads" else 1
+    last = profile.channels_last and (way, size) == ("threads", 1)
+    return Plan(way, size, num_samples, threads, last, profile, draw_bytes, budget, costs, reason)
 
 
-def chunk_for(profile: Profile, num_samples: int, draw_bytes: int, device: torch.device) -> int:
-    """How many samples fit into memory in one batched call."""
-    budget: float = _CPU_BUDGET
-    if device.type == "cuda":
-        budget = _CUDA_SHARE * torch.cuda.mem_get_info(device)[0]
+def _costs(profile: Profile, num: int, draw_size: int, cores: int) -> dict[str, float]:
+    """What each way costs on CPU, in operations of one core."""
+    sampled = profile.sampled
+    one_pass = _PASS + _KERNEL * profile.kernels
+    noise = _NUMBER * draw_size
+    together = cores * _SHARING if cores > 1 else 1
+    batched = sampled * _BATCHED + noise
+    per_core = math.ceil(num / cores)
+    costs = {"loop": num * (one_pass + noise + (profile.shared + sampled) / together)}
+    if profile.batchable:
+        costs["vmap"] = one_pass + (profile.shared + num * batched) / together
+    if cores > 1:
+        format_gain = _CHANNELS_LAST if profile.channels_last else 1
+        each = one_pass + noise + (profile.shared + sampled) * format_gain
+        costs["threads"] = _START + per_core * each
+        if profile.batchable:
+            whole = cores * one_pass + profile.shared + per_core * batched
+            costs["threads, batched"] = _START + whole
+    return costs
+
+
+_REASONS = {
+    "vmap": "so little is computed that calls would take longer, and threads too",
+    "loop": "large operations, and one core",
+    "threads": "large operations: one sample's tensors stay in the cache of one core",
+    "threads, batched": "small operations: each core has its share of the samples in one pass",
+}
+_UNBATCHABLE = "vmap cannot batch this model"
+
+
+def memory_budget(device: torch.device) -> int:
+    """Bytes that a prediction may take where the user does not say."""
+    free = int(_SHARE * available_bytes(device))
+    return min(free, _CPU_BUDGET) if device.type == "cpu" else free
+
+
+def sample_bytes(profile: Profile, draw_bytes: int) -> int:
+    """Memory that one sample of a batched pass takes, by estimate."""
     # A few tensors of the largest size live at once: input, output, workspace of an operation.
-    activations = 4 * profile.largest
-    return max(1, min(num_samples, int(budget / max(1, draw_bytes + activations))))
+    return max(1, draw_bytes + 4 * profile.largest)
 
 
 def plan_key(posterior: Any, x: Any) -> Any:
@@ -121,6 +265,7 @@ class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations = 0.0
+        self.kernels = 0
         self.largest = 0
         self.marked: float | None = None
 
@@ -143,6 +288,8 @@ class _Counter(TorchDispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.operations += formula(*args, **(kwargs or {}), out_val=result)
+        if not func.is_view:
+            self.kernels += 1
         if isinstance(result, Tensor):
             self.largest = max(self.largest, result.numel() * result.element_size())
         return result

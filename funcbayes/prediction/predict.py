@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcbayes.core import random, trees
-from funcbayes.core.batching import is_out_of_memory, is_unbatchable, log_unbatchable
+from funcbayes.core.batching import is_unbatchable, log_unbatchable
 from funcbayes.core.data import batch_size
 from funcbayes.core.likelihoods import Likelihood, check_likelihood
 from funcbayes.core.model import Model, check_model
@@ -35,6 +35,7 @@ def predict(
     likelihood: Likelihood | None = None,
     strategy: Strategy = "auto",
     chunk_size: int | None = None,
+    memory_budget: int | None = None,
     return_samples: bool = False,
     transform: Callable[[Tensor], Tensor] | None = None,
 ) -> Predictive:
@@ -55,9 +56,12 @@ def predict(
             of the regression mean) and entropies and the aleatoric variance are there; None:
             moments of the outputs as they are.
         strategy: "vmap" is one batched forward pass; "loop" one pass a sample; "threads" one
-            pass a sample on each core; "auto" what is fastest.
+            pass a core at a time, of `chunk_size` samples (None: one); "auto" what should be
+            fastest, as `explain` tells.
         chunk_size: most samples in one batched pass; None: what fits into memory. Halved as
             often as needed where memory runs out.
+        memory_budget: bytes that parameters and activations may take at a time, by estimate;
+            a single sample may take more. None: half of what is free, on CPU at most 2 GiB.
         return_samples: whether `Predictive.samples` is kept.
         transform: applied to outputs without a likelihood before moments are taken.
 
@@ -72,7 +76,7 @@ def predict(
     Warns:
         UserWarning: the posterior is dropout, and no dropout was active in the forward pass.
     """
-    num, parent = _check(model, posterior, x, key, num_samples, strategy, chunk_size)
+    num, parent = _check(model, posterior, x, key, num_samples, strategy, chunk_size, memory_budget)
     if likelihood is not None:
         check_likelihood(likelihood)
     if transform is not None and (likelihood is not None or not callable(transform)):
@@ -80,11 +84,55 @@ def predict(
             f"`transform` is {transform!r}, expected a function, and no `likelihood` beside it:"
             " a likelihood has its own link"
         )
-    run = _Run(model, posterior, parent, x, num, chunk_size)
+    run = _Run(model, posterior, parent, x, num, chunk_size, memory_budget)
     moments = RunningMoments(likelihood, transform, keep_samples=return_samples)
     for outputs in run.outputs(strategy):
         moments.add(outputs)
     return moments.result()
+
+
+@torch.no_grad()
+def explain(
+    model: Model,
+    posterior: Any,
+    x: Any,
+    *,
+    num_samples: int | None = None,
+    strategy: Strategy = "auto",
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+) -> planner.Plan:
+    """How `predict` would run the samples with the same arguments, and why.
+
+    One sample's forward pass is run and counted.
+
+    Args:
+        model: as for `predict`.
+        posterior: as for `predict`.
+        x: as for `predict`.
+        num_samples: as for `predict`; None: 30, or all members of an `Empirical` posterior.
+        strategy: as for `predict`.
+        chunk_size: as for `predict`.
+        memory_budget: as for `predict`.
+
+    Returns:
+        The plan; `print(plan)` shows strategy, operations, bytes and costs.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range or does not fit the model.
+
+    Example:
+        >>> model = fb.Model.from_module(torch.nn.Linear(4, 3))
+        >>> posterior = fb.dropout.posterior(model, rate=0.1)
+        >>> fb.explain(model, posterior, torch.ones(5, 4)).strategy
+        'vmap'
+    """
+    if num_samples is None and not isinstance(posterior, Empirical):
+        num_samples = 30
+    num, parent = _check(model, posterior, x, 0, num_samples, strategy, chunk_size, memory_budget)
+    run = _Run(model, posterior, parent or random.key(0), x, num, chunk_size, memory_budget)
+    return run.plan(strategy, run.profile()[1], num)
 
 
 class _UnbatchableError(Exception):
@@ -92,7 +140,7 @@ class _UnbatchableError(Exception):
 
 
 class _Run(NamedTuple):
-    """One call's arguments; each method gives outputs in chunks with a leading sample axis."""
+    """One call's arguments; `outputs` gives them in chunks with a leading sample axis."""
 
     model: Model
     posterior: Any
@@ -100,44 +148,63 @@ class _Run(NamedTuple):
     x: Any
     num: int
     chunk_size: int | None
+    memory_budget: int | None
 
     def outputs(self, strategy: str) -> Iterator[Any]:
-        masks = isinstance(self.posterior, DropoutMasks)
-        plan_key = planner.plan_key(self.posterior, self.x)
-        profile = self.model._scratch.plans.get(plan_key)
         done = 0
-        if profile is None:
-            first, profile = self._measured()
-            self.model._scratch.remember(plan_key, profile)
+        first, profile = self.profile()
+        if first is not None:
             yield _with_sample_axis(first)
             done = 1
-        if masks and not profile.stochastic:
+        if isinstance(self.posterior, DropoutMasks) and not profile.stochastic:
             warnings.warn(
                 "no dropout was active in the forward pass: all samples are identical and their"
                 " variance is zero",
                 UserWarning,
                 stacklevel=4,
             )
-        if done == self.num:
-            return
-        if strategy != "auto":
-            yield from self._by(strategy, done, profile)
-            return
-        chosen = planner.choose(profile, self.num - done, masks=masks, device=self._device)
-        if chosen == "vmap":
+        while done < self.num:
+            plan = self.plan(strategy, profile, self.num - done)
             try:
-                for outputs in self._vmapped(done, profile):
+                for outputs in self._by(plan, done):
                     yield outputs
                     done += trees.leading_size(outputs)
-                return
             except _UnbatchableError as error:
+                if strategy != "auto":
+                    raise ValueError(
+                        f"`strategy` is '{strategy}', but vmap cannot batch this model ({error}):"
+                        " use strategy='auto', which then runs its samples one by one"
+                    ) from error
                 log_unbatchable(error)
                 profile = profile._replace(batchable=False)
-                self.model._scratch.remember(plan_key, profile)
-                left = self.num - done
-                chosen = planner.choose(profile, left, masks=masks, device=self._device)
-        x = _channels_last(self.x) if profile.channels_last and chosen == "threads" else self.x
-        yield from self._replace(x=x)._by(chosen, done, profile)
+                self._remember(profile)
+
+    def plan(self, strategy: str, profile: planner.Profile, num: int) -> planner.Plan:
+        """How to run `num` samples."""
+        leaf = trees.tensor_leaves(self.model.params)[0]
+        numbers = max(self.posterior.draw_size, trees.num_elements(self.model.params))
+        return planner.plan(
+            profile,
+            num,
+            strategy=strategy,
+            chunk_size=self.chunk_size,
+            draw_size=self.posterior.draw_size,
+            draw_bytes=numbers * leaf.element_size(),
+            device=leaf.device,
+            budget=self.memory_budget,
+        )
+
+    def profile(self) -> tuple[Any, planner.Profile]:
+        """What a sample costs; and sample 0's outputs where it had to run for that, else None."""
+        known = self.model._scratch.plans.get(planner.plan_key(self.posterior, self.x))
+        if known is not None:
+            return None, known
+        outputs, profile = self._measured()
+        self._remember(profile)
+        return outputs, profile
+
+    def _remember(self, profile: planner.Profile) -> None:
+        self.model._scratch.remember(planner.plan_key(self.posterior, self.x), profile)
 
     def _measured(self) -> tuple[Any, planner.Profile]:
         """Outputs and profile of sample 0."""
@@ -153,52 +220,40 @@ class _Run(NamedTuple):
         outputs, profile = planner.measure(self.model, sample, self.x)
         return forward.apart(outputs, buffer), profile
 
-    def _by(self, strategy: str, done: int, profile: planner.Profile) -> Iterator[Any]:
-        if strategy == "vmap":
-            try:
-                yield from self._vmapped(done, profile)
-            except _UnbatchableError as error:
-                raise ValueError(
-                    f"`strategy` is 'vmap', but vmap cannot batch this model ({error}): use"
-                    " strategy='auto', which then runs its samples one by one"
-                ) from error
-            return
-        run = forward.in_threads if strategy == "threads" else forward.one_by_one
-        # Moments of several samples at a time: many small operations on this thread would
-        # wait for the cores that the workers hold.
-        group: list[Any] = []
-        for outputs in run(self.model, self.posterior, self.key, self.x, done, self.num):
-            group.append(outputs)
-            if len(group) * _bytes(outputs) >= _GROUP_BYTES:
-                yield trees.stack(group)
-                group.clear()
-        if group:
-            yield trees.stack(group)
+    def _by(self, plan: planner.Plan, done: int) -> Iterator[Any]:
+        x = _channels_last(self.x) if plan.channels_last else self.x
+        batched = plan.strategy == "vmap" or plan.chunk_size > 1
 
-    def _vmapped(self, done: int, profile: planner.Profile) -> Iterator[Any]:
-        draw_bytes = 8 * max(self.posterior.draw_size, trees.num_elements(self.model.params))
-        chunk = planner.chunk_for(profile, self.num - done, draw_bytes, self._device)
-        chunk = chunk if self.chunk_size is None else min(self.chunk_size, self.num - done)
-        while done < self.num:
-            size = min(chunk, self.num - done)
+        def run(start: int, stop: int) -> Any:
             try:
-                with forward.kept_buffer(self.model, self.posterior, size) as rows:
-                    draws = self.posterior.draw(self.key, done, done + size, rows)
-                    outputs = forward.all_samples(self.model, draws, self.x)
-                    outputs = forward.apart(outputs, rows)
-            except (RuntimeError, NotImplementedError, MemoryError) as error:
-                if is_out_of_memory(error) and size > 1:
-                    chunk = size // 2
-                    continue
-                if is_unbatchable(error):
+                return forward.evaluate(
+                    self.model, self.posterior, self.key, x, start, stop, batched=batched
+                )
+            except (RuntimeError, NotImplementedError) as error:
+                if batched and is_unbatchable(error):
                     raise _UnbatchableError(str(error).split("\n")[0]) from error
                 raise
-            done += size
-            yield outputs
 
-    @property
-    def _device(self) -> torch.device:
-        return trees.tensor_leaves(self.model.params)[0].device
+        go = forward.in_threads if plan.strategy == "threads" else forward.in_turn
+        chunks = go(run, done, self.num, plan.chunk_size)
+        return chunks if plan.strategy == "vmap" else _grouped(chunks)
+
+
+def _grouped(chunks: Iterator[Any]) -> Iterator[Any]:
+    """Several outputs at a time, for fewer merges of moments.
+
+    Many small operations on this thread would wait for the cores that the workers hold.
+    """
+    group: list[Any] = []
+    size = 0
+    for outputs in chunks:
+        group.append(outputs)
+        size += _bytes(outputs)
+        if size >= _GROUP_BYTES:
+            yield trees.concatenate(group)
+            group, size = [], 0
+    if group:
+        yield trees.concatenate(group)
 
 
 def _check(
@@ -209,6 +264,7 @@ def _check(
     num_samples: int | None,
     strategy: str,
     chunk_size: int | None,
+    memory_budget: int | None,
 ) -> tuple[int, Key | None]:
     check_model(model)
     if not hasattr(posterior, "draw"):
@@ -220,6 +276,8 @@ def _check(
         raise ValueError(f"`strategy` is {strategy!r}, expected one of {get_args(Strategy)}")
     if chunk_size is not None:
         check_num_samples(chunk_size, name="chunk_size")
+    if memory_budget is not None:
+        check_num_samples(memory_budget, name="memory_budget")
     batch_size(x)
     trees.check_finite(posterior, name="posterior")
     if hasattr(posterior, "mean"):

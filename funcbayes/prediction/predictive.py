@@ -189,7 +189,7 @@ class RunningMoments:
             )
         samples = None
         if self._kept is not None:
-            samples = trees.tree_map(lambda *x: torch.cat(x), *self._kept)
+            samples = trees.concatenate(self._kept)
         return Predictive(mean, variance, samples, moments)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import rnn
 from torch.testing import assert_close
 
-from funcbayes.core import random, trees
+from funcbayes.core import random, trees, workers
 from funcbayes.core.masks import KeyedDropout
 from tests.snapshots import assert_unchanged, snapshot
 
@@ -341,10 +341,14 @@ def test_a_network_of_all_kinds_is_the_same_vmapped_and_looped(rate):
 def test_threads_draw_the_same_masks(inference, monkeypatch):
     x = torch.ones(50, 8)
     expected = vmapped(F.dropout, x, KEYS)
-    monkeypatch.setattr(random, "_THREADS_FROM", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    with torch.inference_mode(inference):
-        assert_close(vmapped(F.dropout, x, KEYS).clone(), expected, rtol=0, atol=0)
+    monkeypatch.setattr(workers, "THREADS_FROM", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with torch.inference_mode(inference):
+            assert_close(vmapped(F.dropout, x, KEYS).clone(), expected, rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_masks_of_samples_calls_and_neighbours_are_independent():

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from funcbayes.core import random
+from funcbayes.core import random, workers
 
 STEPS = st.one_of(
     st.tuples(st.just("fold_in"), st.integers(0, 2**64 - 1)),
@@ -225,16 +225,50 @@ def test_a_row_does_not_depend_on_the_chunk_it_is_drawn_in(seed, cuts, num, dtyp
 def test_threads_draw_what_one_thread_draws(inference, monkeypatch):
     alone = random.normal_rows(3, 0, 9, 50)
     before = torch.get_num_threads()
-    monkeypatch.setattr(random, "_THREADS_FROM", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    with torch.inference_mode(inference):
-        together = random.normal_rows(3, 0, 9, 50)
-        assert_close(together.clone(), alone, rtol=0, atol=0)
-        buffer = torch.empty(9, 50)
-        random.normal_rows(3, 0, 9, 50, out=buffer)
-        assert_close(buffer.clone(), alone, rtol=0, atol=0)
-    monkeypatch.undo()
-    assert torch.get_num_threads() == before
+    monkeypatch.setattr(workers, "THREADS_FROM", 1)
+    torch.set_num_threads(3)
+    try:
+        with torch.inference_mode(inference):
+            together = random.normal_rows(3, 0, 9, 50)
+            assert_close(together.clone(), alone, rtol=0, atol=0)
+            buffer = torch.empty(9, 50)
+            random.normal_rows(3, 0, 9, 50, out=buffer)
+            assert_close(buffer.clone(), alone, rtol=0, atol=0)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_row_longer_than_a_block_goes_on_where_the_block_ended(dtype, monkeypatch):
+    # Odd lengths on purpose: numbers come in pairs.
+    monkeypatch.setattr(random, "_BLOCK_BYTES", 24)
+    z = random.normal(0, (4001,), dtype=dtype).double()
+    assert abs(z_score(z, 0, 1)) < 5
+    assert abs(z_score(z.square(), 1, 2)) < 5
+    for lag in range(1, 7):
+        assert abs(z_score(z[lag:] * z[:-lag], 0, 1)) < 5
+
+
+def test_streams_go_on_where_they_ended():
+    device = torch.device("cpu")
+    whole, first, second = (random.memory([n], torch.int64, device) for n in (12, 5, 7))
+    random.Stream(0, device).words(whole)
+    stream = random.Stream(0, device)
+    stream.words(first)
+    stream.words(second)
+    assert (np.concatenate([first, second]) == whole).all()
+
+
+def test_numbers_can_be_drawn_inside_transforms():
+    def f(x):
+        return (random.normal(0, x.shape) * x).sum()
+
+    x = torch.ones(2, 3)
+    expected = random.normal(0, (2, 3))
+    assert_close(torch.func.grad(f)(x), expected, rtol=0, atol=0)
+    rows = torch.func.vmap(torch.func.grad(f))(x)
+    assert_close(rows, random.normal(0, (3,)).expand(2, 3), rtol=0, atol=0)
 
 
 def test_rows_are_standard_normal_and_uncorrelated():

@@ -141,6 +141,22 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(case, monkeypatch):
     torch.testing.assert_close(found.variance, expected.variance)
 
 
+def test_out_of_memory_in_threads_halves_the_pass_and_goes_on(case, monkeypatch):
+    model, posterior, x = case
+    expected = fb.predict(model, posterior, x, key=0, num_samples=16, strategy="loop")
+    whole = forward.all_samples
+
+    def small_machine(model, draws, x):
+        if trees.leading_size(draws.params) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(model, draws, x)
+
+    monkeypatch.setattr(forward, "all_samples", small_machine)
+    found = fb.predict(model, posterior, x, key=0, num_samples=16, strategy="threads", chunk_size=8)
+    torch.testing.assert_close(found.mean, expected.mean)
+    torch.testing.assert_close(found.variance, expected.variance)
+
+
 def test_out_of_memory_for_one_sample_is_an_error(case, monkeypatch):
     model, posterior, x = case
 
@@ -157,27 +173,90 @@ def test_out_of_memory_for_one_sample_is_an_error(case, monkeypatch):
 
 def profiled(**changes):
     values = {
-        "shared": 0.0, "sampled": 1e6, "largest": 10**4, "stochastic": True,
+        "shared": 0.0, "sampled": 1e6, "kernels": 10, "largest": 10**4, "stochastic": True,
         "channels_last": False, "batchable": True, **changes
     }  # fmt: skip
     return planner.Profile(**values)
 
 
+def planned(profile, num=20, **changes):
+    values = {
+        "strategy": "auto", "chunk_size": None, "draw_size": 0, "draw_bytes": 4 * 10**5,
+        "device": torch.device("cpu"), "budget": None, **changes
+    }  # fmt: skip
+    return planner.plan(profile, num, **values)
+
+
 @pytest.mark.parametrize(
-    ("profile", "num", "masks", "expected"),
+    ("profile", "num", "numbers", "expected"),
     [
-        (profiled(), 1, False, "loop"),
-        (profiled(), 19, False, "vmap"),
-        (profiled(sampled=1e9), 19, False, "threads"),
-        (profiled(batchable=False), 19, False, "threads"),
-        (profiled(shared=1e10, sampled=2e8), 19, True, "vmap"),
-        (profiled(shared=1e6, sampled=1e9), 19, True, "threads"),
+        (profiled(), 1, 0, ("loop", 1)),
+        (profiled(), 19, 0, ("vmap", 19)),
+        (profiled(), 19, 10**6, ("threads", 10)),
+        (profiled(sampled=1e9), 19, 10**6, ("threads", 1)),
+        (profiled(batchable=False), 19, 0, ("threads", 1)),
+        (profiled(shared=1e10, sampled=2e7), 19, 0, ("vmap", 19)),
+        (profiled(shared=1e6, sampled=1e9), 19, 0, ("threads", 1)),
     ],
 )
-def test_plan(profile, num, masks, expected, monkeypatch):
+def test_plan(profile, num, numbers, expected, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    chosen = planner.choose(profile, num, masks=masks, device=torch.device("cpu"))
-    assert chosen == expected
+    plan = planned(profile, num, draw_size=numbers)
+    assert (plan.strategy, plan.chunk_size) == expected
+    assert plan.reason in str(plan)
+
+
+def test_one_core_has_no_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert planned(profiled(), draw_size=10**6).strategy == "vmap"
+    assert planned(profiled(sampled=1e9)).strategy == "loop"
+
+
+@pytest.mark.parametrize("strategy", ["auto", "vmap", "threads"])
+def test_passes_keep_to_the_memory_budget(strategy, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    one = planner.sample_bytes(profiled(), 4 * 10**5)
+    for num in (7, 100):
+        for budget in (one, 3 * one, 50 * one):
+            plan = planned(profiled(), num, strategy=strategy, budget=budget, draw_size=10**6)
+            assert plan.peak_bytes <= max(budget, plan.threads * one)
+
+
+def test_a_small_budget_gives_the_same_numbers(case):
+    model, posterior, x = case
+    expected = fb.predict(model, posterior, x, key=0, num_samples=9, return_samples=True)
+    found = fb.predict(
+        model, posterior, x, key=0, num_samples=9, return_samples=True, memory_budget=1
+    )
+    torch.testing.assert_close(found.samples, expected.samples)
+    with pytest.raises(ValueError, match="`memory_budget` is 0, expected at least 1"):
+        fb.predict(model, posterior, x, key=0, num_samples=9, memory_budget=0)
+
+
+def test_explain_says_what_predict_does(case, monkeypatch):
+    model, posterior, x = case
+    before = torch.get_rng_state()
+    plan = fb.explain(model, posterior, x, num_samples=9)
+    assert torch.equal(before, torch.get_rng_state())
+    assert (plan.num_samples, plan.profile.sampled) == (9, 2 * 5 * 4 * 6 + 2 * 5 * 6 * 3)
+    assert plan.draw_bytes == 4 * posterior.draw_size
+    for word in (plan.strategy, "9, 9 a pass", "420 a sample", "MB a sample", "budget of"):
+        assert word in str(plan)
+    calls = []
+    evaluate = forward.evaluate
+
+    def spy(*args, batched):
+        calls.append((*args[4:], batched))
+        return evaluate(*args, batched=batched)
+
+    monkeypatch.setattr(forward, "evaluate", spy)
+    fb.predict(model, posterior, x, key=0, num_samples=9)
+    assert calls == [(0, 9, True)]
+    assert fb.explain(model, posterior, x).num_samples == 30
+    members = Empirical(posterior.sample(0, 4), {})
+    assert fb.explain(model, members, x).num_samples == 4
+    with pytest.raises(TypeError, match="`posterior` is a object"):
+        fb.explain(model, object(), x)
 
 
 def test_operations_before_the_first_uncertain_parameter_are_shared():

@@ -26,7 +26,7 @@ test-fast test-slow test-peers: export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-compile test-examples test-slow test-peers bench docs lint ruff pyright format clean
+.PHONY: help demo test test-fast test-compile test-examples test-slow test-peers bench bench-full docs lint ruff pyright format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -62,6 +62,9 @@ test-peers: $(BENCH_VENV)/.stamp-tests  ## agreement with other libraries
 
 bench: $(BENCH_VENV)/.stamp  ## time funcbayes against plain loops and other libraries
 	$(BENCH_VENV)/bin/python -m benchmarks
+
+bench-full: $(BENCH_VENV)/.stamp  ## the same, with more cells and how time grows with sizes
+	$(BENCH_VENV)/bin/python -m benchmarks --full
 
 lint: ruff pyright  ## ruff and pyright
 

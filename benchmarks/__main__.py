@@ -8,7 +8,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, running
+import torch
+
+from benchmarks import growth, limits, report, running
 from benchmarks.cells import all_cells
 from benchmarks.peers import BASELINE
 
@@ -22,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="only cells whose name contains it; may be given more than once",
     )
     parser.add_argument("--quick", action="store_true", help="few rounds, the main sides only")
+    parser.add_argument(
+        "--full", action="store_true", help="all cells, and how time grows with the sizes"
+    )
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument(
@@ -52,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"no cell's name contains {options.only}; --list prints all names")
     if options.quick:
         cells = [cell for cell in cells if cell.in_quick]
+    if not (options.full or options.only):
+        cells = [cell for cell in cells if not cell.in_full_only]
     if options.list:
         print(*(cell.name for cell in cells), sep="\n")
         return 0
@@ -65,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="Using a non-full backward hook")
     warnings.filterwarnings("ignore", message="Extension saving to", module="backpack")
     start = time.perf_counter()
+    machine = limits.measure(torch.device("cpu"))._asdict()
     measured = []
     for i, cell in enumerate(cells):
         result = running.run(cell, quick=options.quick)
@@ -73,7 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
         measured.append(result)
         print(f"[{i + 1}/{len(cells)}, {time.perf_counter() - start:.0f} s] {_summary(result)}")
         sys.stdout.flush()
-    results = report.collect(measured, quick=options.quick)
+    curves = [growth.run(curve) for curve in growth.CURVES] if options.full else []
+    results = report.collect(measured, quick=options.quick, machine_limits=machine, curves=curves)
     data, tables = report.write(results, output)
     print(f"\nThe tables are in {tables}, the data in {data}")
     return _verdict(results, check=options.check)

@@ -7,22 +7,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import funcbayes as fb
 from benchmarks import models
 from benchmarks.curvature import plan_fisher, plan_ggn, plan_kfac, plan_linearized
+from benchmarks.limits import Work
 from benchmarks.peers import BASELINE
-from benchmarks.plans import AUTO, CLASS, FUNCTION, LOOP, STRATEGIES, Cell, Plan, Side
+from benchmarks.plans import (
+    ACTIVATION,
+    AUTO,
+    CLASS,
+    FUNCTION,
+    LOOP,
+    STEP,
+    STRATEGIES,
+    Cell,
+    Plan,
+    Side,
+)
 from funcbayes.cli.bench.agreement import moments, moments_difference, prediction_difference
 
 NUM_SAMPLES = 20
+
+Moments = tuple[Tensor, Tensor]
 
 
 # Prediction with sampled weights
 
 
-def plan_swag(model_name: str, num: int, strategies: Sequence[str], toy: bool) -> Plan:
-    num, num_samples = (4, 3) if toy else (num, NUM_SAMPLES)
+def plan_swag(
+    model_name: str, num: int, num_samples: int, strategies: Sequence[str], toy: bool
+) -> Plan:
+    num, num_samples = (4, 3) if toy else (num, num_samples)
     net = models.build(model_name, toy=toy)
     x, _ = models.inputs(model_name, num, toy=toy)
     plan = Plan(
@@ -77,6 +94,103 @@ def plan_laplace(model_name: str, num: int, toy: bool) -> Plan:
     return plan
 
 
+def plan_kronecker(model_name: str, num: int, toy: bool) -> Plan:
+    """Samples of a Kronecker-factored Laplace posterior; the original has none."""
+    num, num_samples = (4, 3) if toy else (num, NUM_SAMPLES)
+    net = models.build(model_name, toy=toy)
+    x, _ = models.inputs(model_name, num, toy=toy)
+    plan = Plan(
+        baseline=LOOP,
+        agree=partial(prediction_difference, num_samples=num_samples),
+        rivals=("laplace-torch",),
+    )
+    data = models.inputs(model_name, 32, toy=toy, seed=2)
+    prior_precision = 1e4
+    model = fb.Model.from_module(net)
+    state = fb.laplace.fit(
+        model, [data], likelihood=fb.likelihoods.Categorical(), structure="kronecker"
+    )
+    posterior = fb.laplace.posterior(state, prior_precision=prior_precision)
+
+    def loop() -> Moments:
+        stack = posterior.sample(0, num_samples)
+        with torch.no_grad():
+            outputs = [
+                functional_call(net, {name: p[i] for name, p in stack.items()}, (x,))
+                for i in range(num_samples)
+            ]
+            samples = torch.stack(outputs).softmax(-1)
+        return samples.mean(0), samples.var(0)
+
+    plan.sides[LOOP] = Side(loop, lambda result: result)
+    add_strategies(plan, model, posterior, x, num_samples, (AUTO,))
+
+    def theirs(laplace) -> Side:
+        fitted = laplace.Laplace(
+            copy.deepcopy(net),
+            "classification",
+            subset_of_weights="all",
+            hessian_structure="kron",
+            prior_precision=prior_precision,
+        )
+        fitted.fit(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), 32))
+
+        def value(samples: Tensor) -> Moments:
+            return samples.mean(0), samples.var(0)
+
+        call = partial(fitted.predictive_samples, x, pred_type="nn", n_samples=num_samples)
+        return Side(call, value)
+
+    plan.add_peer("laplace-torch", "laplace", theirs)
+    return plan
+
+
+def plan_vi(num: int, toy: bool) -> Plan:
+    """Predictions of a variational network, and by draws of pre-activations."""
+    num, num_samples = (4, 3) if toy else (num, NUM_SAMPLES)
+    sizes = (12, [8, 6], 10) if toy else (784, [512, 256], 10)
+    x, _ = models.inputs("mlp", num, toy=toy)
+    torch.manual_seed(0)
+    ours = fb.VariationalBayesNN(*sizes, num_samples=num_samples)
+    plan = Plan(agree=partial(prediction_difference, num_samples=num_samples))
+
+    def incerto_side(incerto) -> Side:
+        theirs = incerto.VariationalBayesNN(*sizes, num_samples=num_samples)
+        theirs.load_state_dict(ours.state_dict())
+        return Side(lambda: theirs.predict(x), moments)
+
+    plan.add_peer(BASELINE, "incerto.bayesian", incerto_side)
+    plan.sides[CLASS] = Side(lambda: ours.predict(x), moments)
+    model, posterior = ours._posterior()
+    add_strategies(plan, model, posterior, x, num_samples, (AUTO,))
+    call = plan.sides[AUTO].call
+    plan.sides[ACTIVATION] = Side(lambda: call(noise="activation"), moments)
+    return plan
+
+
+def plan_swag_update(model_name: str, toy: bool) -> Plan:
+    """One weight iterate taken into the moments."""
+    net = models.build(model_name, toy=toy)
+    plan = Plan()
+
+    def incerto_side(incerto) -> Side:
+        swag = incerto.SWAG(copy.deepcopy(net))
+        return Side(lambda: swag.collect_model(net))
+
+    plan.add_peer(BASELINE, "incerto.bayesian", incerto_side)
+    ours = fb.SWAG(copy.deepcopy(net))
+    plan.sides[CLASS] = Side(lambda: ours.collect_model(net))
+    params = fb.Model.from_module(net).params
+    state = fb.swag.init(params, max_rank=ours.max_rank)
+
+    def update() -> None:
+        nonlocal state
+        state = fb.swag.update(state, params)
+
+    plan.sides[FUNCTION] = Side(update)
+    return plan
+
+
 def add_strategies(
     plan: Plan,
     model: fb.Model,
@@ -98,6 +212,16 @@ def add_strategies(
             strategy=strategy,
         )
         plan.sides[strategy] = Side(call, moments)
+    one = fb.explain(model, posterior, x, num_samples=num_samples)
+    touches = 2 if posterior.draw_size else 1
+    num_bytes = touches * one.draw_bytes * (1 if posterior_is_fixed(posterior) else one.num_samples)
+    operations = one.profile.shared + one.num_samples * one.profile.sampled
+    plan.work = Work(operations, num_bytes)
+
+
+def posterior_is_fixed(posterior: Any) -> bool:
+    """Whether all samples have the same parameters, as under dropout masks."""
+    return isinstance(posterior, fb.posteriors.DropoutMasks)
 
 
 def trajectory(net: nn.Module) -> Iterator[nn.Module]:
@@ -201,7 +325,7 @@ def plan_ensemble_step(model_name: str, num_members: int, num: int, toy: bool) -
         losses.sum().backward()
         optimizer.step()
 
-    plan.sides["step"] = Side(call)
+    plan.sides[STEP] = Side(call)
     return plan
 
 
@@ -258,7 +382,7 @@ def all_cells() -> list[Cell]:
             cells.append(
                 Cell(
                     f"predict/swag/{model_name}/N={num}",
-                    partial(plan_swag, model_name, num, strategies),
+                    partial(plan_swag, model_name, num, NUM_SAMPLES, strategies),
                     seconds=20 if wide else 10,
                     in_quick=not wide,
                     memory=both if largest else (),
@@ -273,6 +397,36 @@ def all_cells() -> list[Cell]:
                     in_quick=num == 1 and not wide,
                 )
             )
+    for model_name in ("mlp", "lenet"):
+        for num_samples in (5, 100):
+            cells.append(
+                Cell(
+                    f"predict/swag/{model_name}/N=16/S={num_samples}",
+                    partial(plan_swag, model_name, 16, num_samples, ()),
+                    seconds=8,
+                    in_quick=False,
+                    in_full_only=True,
+                )
+            )
+        for num in (1, 16):
+            cells.append(
+                Cell(
+                    f"kronecker/{model_name}/N={num}",
+                    partial(plan_kronecker, model_name, num),
+                    seconds=8,
+                )
+            )
+    for num in (1, 16, 128, 1024):
+        cells.append(Cell(f"predict/vi/mlp/N={num}", partial(plan_vi, num), seconds=8))
+    for model_name in ("mlp", "lenet", "resnet-w16", "transformer", "resnet-w64"):
+        cells.append(
+            Cell(
+                f"swag-update/{model_name}/K=20",
+                partial(plan_swag_update, model_name),
+                seconds=4,
+                in_full_only=model_name == "resnet-w64",
+            )
+        )
     for model_name, sizes in {**forward, "lenet": (1, 16, 64)}.items():
         if model_name == "resnet-w64":
             continue

@@ -5,16 +5,21 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from benchmarks import peers
+from benchmarks.limits import Work
 from benchmarks.peers import BASELINE
 
 CLASS = "class"
 AUTO = "auto"
 FUNCTION = "function"
 DECOMPOSED = "with eigenvalues"
+STEP = "step"
+ACTIVATION = "activation"
 STRATEGIES = ("vmap", "loop", "threads")
 # The sides that are ours: they must run and agree with the baseline. The last stands for
 # all of a cell's where it could not even be built.
-OURS = (CLASS, AUTO, FUNCTION, DECOMPOSED, "step", *STRATEGIES, "funcbayes")
+OURS = (CLASS, AUTO, FUNCTION, DECOMPOSED, STEP, ACTIVATION, *STRATEGIES, "funcbayes")
+# What a user of the functions gets who asks for nothing; a cell has one of them.
+DEFAULTS = (AUTO, FUNCTION, STEP)
 # The baseline where the original classes lack the job.
 LOOP = "plain loop"
 
@@ -44,6 +49,7 @@ class Plan:
         agree: how two values differ, or None where they are of one and the same quantity.
         secondary: sides that may be timed in fewer rounds.
         rivals: other libraries, the fastest of which is a second thing to compare with.
+        work: what the job cannot do without, where that is known.
     """
 
     baseline: str | None = BASELINE
@@ -52,6 +58,7 @@ class Plan:
     agree: Callable[[Any, Any], str | None] | None = None
     secondary: tuple[str, ...] = ()
     rivals: tuple[str, ...] = ()
+    work: Work | None = None
 
     def add_peer(self, name: str, module: str, make: Callable[[Any], Side]) -> None:
         """Adds a side of another library, or the reason why there is none."""
@@ -74,6 +81,7 @@ class Cell:
         plan: builds it; True for a toy size, which the tests use.
         seconds: time to spend on it.
         in_quick: whether a quick run has it.
+        in_full_only: whether only a full run has it.
         memory: sides whose peak memory is measured, each in its own process.
     """
 
@@ -81,6 +89,7 @@ class Cell:
     plan: Callable[[bool], Plan]
     seconds: float
     in_quick: bool = True
+    in_full_only: bool = False
     memory: tuple[str, ...] = ()
 
     @property

@@ -1,18 +1,20 @@
 """What was measured, as a JSON file and as tables to read."""
 
 import json
+import math
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks import limits, plots
 from benchmarks.cells import NUM_SAMPLES
 from benchmarks.peers import BASELINE
-from benchmarks.plans import OURS
+from benchmarks.plans import CLASS, DEFAULTS, OURS
 from benchmarks.running import ROOT, failures, unchecked
 from funcbayes.cli.bench.running import environment as machine
 
-SCHEMA = 1
+SCHEMA = 2
 PEERS = (
     "incerto",
     "laplace-torch",
@@ -23,6 +25,8 @@ PEERS = (
 )
 TITLES = {
     "predict": f"Prediction with sampled weights, {NUM_SAMPLES} samples",
+    "kronecker": f"Samples of a Kronecker-factored Laplace posterior, {NUM_SAMPLES} samples",
+    "swag-update": "SWAG: one iterate taken into the moments",
     "dropout": f"Monte Carlo dropout, {NUM_SAMPLES} samples",
     "fisher": "Diagonal empirical Fisher of one batch",
     "ggn": "Diagonal of the exact GGN of one batch",
@@ -60,9 +64,18 @@ def _version(name: str) -> str | None:
         return None
 
 
-def collect(cells: list[dict[str, Any]], *, quick: bool) -> dict[str, Any]:
+def collect(
+    cells: list[dict[str, Any]],
+    *,
+    quick: bool,
+    machine_limits: dict[str, float] | None = None,
+    curves: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
+        "limits": machine_limits,
+        "growth": curves or [],
+        "geometric_means": geometric_means(cells),
         "environment": environment(),
         "settings": {"quick": quick, "num_samples": NUM_SAMPLES, "baseline": BASELINE},
         "failures": failures(cells),
@@ -71,8 +84,31 @@ def collect(cells: list[dict[str, Any]], *, quick: bool) -> dict[str, Any]:
     }
 
 
+def geometric_means(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the ratios to the original classes, over all cells: of the default sides, and the class.
+
+    Returns:
+        By side `mean` and the number of `cells`.
+    """
+    means = {}
+    for label, names in (("functions", DEFAULTS), (CLASS, (CLASS,))):
+        logs = [
+            math.log(side["ratio"]["median"])
+            for cell in cells
+            if cell["baseline"] == BASELINE
+            for side in [next((cell["sides"][n] for n in names if n in cell["sides"]), {})]
+            if side.get("ratio")
+        ]
+        if logs:
+            means[label] = {"mean": math.exp(sum(logs) / len(logs)), "cells": len(logs)}
+    return means
+
+
 def write(results: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
+    plots.ratios(results["cells"], folder / "ratios.png")
+    if results["growth"]:
+        plots.growth(results["growth"], folder / "growth.png")
     data, tables = folder / "benchmarks.json", folder / "benchmarks.md"
     data.write_text(json.dumps(results, indent=1) + "\n")
     tables.write_text(markdown(results))
@@ -97,14 +133,76 @@ def markdown(results: dict[str, Any]) -> str:
         f"{env['cpu']} ({env['capability']}); {peers}."
         + (" A quick run: few rounds." if results["settings"]["quick"] else ""),
         "",
+        *_summary(results),
         *_losses(cells),
         *_floors(results),
+        *_goals(cells),
     ]
     groups = dict.fromkeys(cell["name"].split("/")[0] for cell in cells)
     for group in groups:
         lines += ["", f"## {TITLES.get(group, group)}", ""]
-        lines += _table([c for c in cells if c["name"].split("/")[0] == group])
+        in_group = [c for c in cells if c["name"].split("/")[0] == group]
+        lines += _table(in_group, results["limits"])
+    lines += _growth(results["growth"])
     return "\n".join(lines) + "\n"
+
+
+def _summary(results: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Geometric mean of the ratios, {label}: {found['mean']:.2f} over {found['cells']} cells."
+        for label, found in results["geometric_means"].items()
+    ]
+    found = results["limits"]
+    if found:
+        lines.append(
+            f"Limits in this run: {found['operations'] / 1e9:.0f} GFLOP/s (best of matrix products "
+            f"and a convolution, float32), {found['bytes'] / 1e9:.1f} GB/s (copy, read and "
+            "written). `of limit` is the least time for the matrix operations and for moving the "
+            "parameters once, over what the default took; drawing noise, elementwise work and "
+            "calls are in the denominator only."
+        )
+    return ["\n\n".join(lines), ""] if lines else []
+
+
+def _goals(cells: list[dict[str, Any]]) -> list[str]:
+    """What was reached beside what was meant to be, the misses first."""
+    rows = []
+    for cell in cells:
+        for goal in cell["goals"]:
+            side = cell["sides"].get(goal["side"], {})
+            ratio = (
+                (side.get("rival") or {}).get("ratio") if goal["to_rival"] else side.get("ratio")
+            )
+            if ratio:
+                to = side["rival"]["name"] if goal["to_rival"] else cell["baseline"]
+                name = f"{cell['name']}, {goal['side']} to {to}"
+                rows.append((ratio["median"] / goal["floor"], name, ratio["median"], goal))
+    if not rows:
+        return []
+    missed = sum(share < 1 for share, *_ in rows)
+    lines = ["", "## Goals", "", f"{missed} of {len(rows)} not reached.", ""]
+    lines += ["| cell | reached | floor | aim |", "| --- | --- | --- | --- |"]
+    for share, name, ratio, goal in sorted(rows, key=lambda row: row[0]):
+        reached = f"{ratio:.2f}" if share >= 1 else f"**{ratio:.2f}**"
+        lines.append(f"| {name} | {reached} | {goal['floor']:g} | {goal['aim']:g} |")
+    return lines
+
+
+def _growth(curves: list[dict[str, Any]]) -> list[str]:
+    lines: list[str] = []
+    for curve in curves:
+        sides = list(curve["slopes"])
+        lines += ["", f"## Time against {curve['name']}: {curve['title']}", ""]
+        lines += [f"| {curve['name']} | {' | '.join(sides)} |", "| --- |" + " --- |" * len(sides)]
+        for point in curve["points"]:
+            known = [point["seconds"].get(side) for side in sides]
+            entries = [
+                point.get("left_out", "–") if s is None else f"{1e3 * s:.3g} ms" for s in known
+            ]
+            lines.append(f"| {point['size']} | {' | '.join(entries)} |")
+        slopes = ["–" if s is None else f"{s:.2f}" for s in curve["slopes"].values()]
+        lines.append(f"| exponent, upper half | {' | '.join(slopes)} |")
+    return lines
 
 
 def _losses(cells: list[dict[str, Any]]) -> list[str]:
@@ -139,18 +237,25 @@ def _floors(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _table(cells: list[dict[str, Any]]) -> list[str]:
+def _table(cells: list[dict[str, Any]], machine: dict[str, float] | None) -> list[str]:
     sides = list(dict.fromkeys(name for cell in cells for name in cell["sides"]))
     floors = any(s.get("floor") for c in cells for s in c["sides"].values())
     rivals = any(s.get("rival") for c in cells for s in c["sides"].values())
     memory = any("memory_mb" in c for c in cells)
-    columns = ["cell", *sides, "prototype"]
-    columns += ["floor"] * floors + ["to fastest library"] * rivals + ["peak MB"] * memory
+    bounded = machine is not None and any(c["work"] for c in cells)
+    columns = ["cell", *sides]
+    columns += (
+        ["of limit"] * bounded
+        + ["floor"] * floors
+        + ["to fastest library"] * rivals
+        + ["peak MB"] * memory
+    )
     rows = [columns, ["---"] * len(columns)]
     for cell in cells:
         row = [cell["name"].partition("/")[2]]
         row += [_entry(cell["sides"].get(side)) for side in sides]
-        row.append(f"{cell['prototype']:g}" if cell["prototype"] else "")
+        if machine is not None and bounded:
+            row.append(_of_limit(cell, machine))
         if floors:
             values = {s["floor"] for s in cell["sides"].values() if s.get("floor")}
             row.append(f"{max(values):g}" if values else "")
@@ -163,6 +268,14 @@ def _table(cells: list[dict[str, Any]]) -> list[str]:
             row.append("; ".join(f"{s} {m:.0f}" for s, m in used.items() if m is not None))
         rows.append(row)
     return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _of_limit(cell: dict[str, Any], machine: dict[str, float]) -> str:
+    side = next((cell["sides"][name] for name in DEFAULTS if name in cell["sides"]), {})
+    if not cell["work"] or "seconds" not in side:
+        return ""
+    least = limits.seconds(limits.Work(**cell["work"]), machine)
+    return f"{100 * least / side['seconds']['median']:.0f} %"
 
 
 def _entry(side: dict[str, Any] | None) -> str:

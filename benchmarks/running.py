@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.floors import floor_of, prototype_of, rival_floor_of
+from benchmarks.floors import floor_of, goals_of, rival_floor_of
 from benchmarks.memory import peak_memory
 from benchmarks.plans import FUNCTION, OURS, STRATEGIES, Cell, Plan
 from funcbayes.cli.bench.timing import Timings, in_turn, one_line
@@ -18,11 +18,10 @@ def run(cell: Cell, *, quick: bool = False, toy: bool = False) -> dict[str, Any]
     """Times all sides of a cell.
 
     Returns:
-        `name`, `baseline`, `prototype` (the ratio that a prototype reached, or None) and
-        `sides`: for each `seconds` and `ratio` (to the baseline; above 1 is faster), both
-        with median, quartiles and number of rounds, and the `floor` of the ratio; `rival`
-        (for ours: the fastest other library, the ratio to it, and its floor); or, for a side
-        that was not timed, `absent`.
+        `name`, `baseline`, `work` (operations and bytes, or None), `goals` and `sides`: for each
+        `seconds` and `ratio` (to the baseline; above 1 is faster), both with median, quartiles
+        and number of rounds, and the `floor` of the ratio; `rival` (for ours: the fastest other
+        library, the ratio to it, and its floor); or, for a side that was not timed, `absent`.
         `disagrees` says where a side computed something else than the baseline.
     """
     try:
@@ -31,7 +30,8 @@ def run(cell: Cell, *, quick: bool = False, toy: bool = False) -> dict[str, Any]
         return {
             "name": cell.name,
             "baseline": None,
-            "prototype": prototype_of(cell.name),
+            "work": None,
+            "goals": [],
             "sides": {"funcbayes": {"absent": one_line(error)}},
         }
     sides = {
@@ -46,7 +46,8 @@ def run(cell: Cell, *, quick: bool = False, toy: bool = False) -> dict[str, Any]
     return {
         "name": cell.name,
         "baseline": plan.baseline,
-        "prototype": prototype_of(cell.name),
+        "work": None if plan.work is None else plan.work._asdict(),
+        "goals": [goal._asdict() for goal in goals_of(cell.name)],
         "sides": {
             name: _side(cell, plan, timings, name)
             for name in [*plan.sides, *plan.absent]

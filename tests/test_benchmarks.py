@@ -28,7 +28,8 @@ def a_cell(ratio, floor: float | None = 1.0, **side):
     return {
         "name": "predict/swag/mlp/N=1",
         "baseline": BASELINE,
-        "prototype": 3.9,
+        "work": None,
+        "goals": [],
         "sides": {BASELINE: baseline, "auto": ours},
     }
 

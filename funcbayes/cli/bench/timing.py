@@ -1,11 +1,11 @@
 """Times several ways of doing one thing, in turn, in one process."""
 
 import gc
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch.utils.benchmark import timer
 
 
 class Spread(NamedTuple):
@@ -91,9 +91,9 @@ def in_turn(
     active: list[str] = []
     for name, side in sides.items():
         try:
-            start = time.perf_counter()
+            start = timer()
             outputs[name] = side()
-            if time.perf_counter() - start < budget / 20:
+            if timer() - start < budget / 20:
                 side()
         except Exception as error:
             failures[name] = one_line(error)
@@ -118,9 +118,9 @@ def in_turn(
                 if name in resting:
                     seconds[name].append(float("nan"))
                     continue
-                start = time.perf_counter()
+                start = timer()
                 sides[name]()
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(timer() - start)
                 spent[name] += seconds[name][-1]
     finally:
         if was_enabled:

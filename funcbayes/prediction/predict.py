@@ -15,13 +15,14 @@ from funcbayes.core.model import Model, check_model
 from funcbayes.core.random import Key, KeyLike
 from funcbayes.posteriors import DropoutMasks, Empirical
 from funcbayes.posteriors.base import check_num_samples
-from funcbayes.prediction import forward, planner
+from funcbayes.prediction import activation, forward, planner
 from funcbayes.prediction.predictive import Predictive, RunningMoments
 
 # Outputs that are kept before their moments are taken.
 _GROUP_BYTES = 2**25
 
 Strategy = Literal["auto", "vmap", "loop", "threads"]
+NoiseSpace = Literal["weight", "activation"]
 
 
 @torch.no_grad()
@@ -37,6 +38,8 @@ def predict(
     chunk_size: int | None = None,
     return_samples: bool = False,
     transform: Callable[[Tensor], Tensor] | None = None,
+    noise: NoiseSpace = "weight",
+    approximate: bool = False,
 ) -> Predictive:
     """Predicts with posterior samples.
 
@@ -60,6 +63,18 @@ def predict(
             often as needed where memory runs out.
         return_samples: whether `Predictive.samples` is kept.
         transform: applied to outputs without a likelihood before moments are taken.
+        noise: "weight": a sample is one network, the same for every row of `x`. "activation":
+            what each linear map gives is drawn, anew for every row, in place of its weights
+            (local reparametrisation), for posteriors of independent normals. The predictive of
+            each row is the same as with "weight", and faster to have; what two rows of one
+            sample have to do with each other is lost. So is any agreement of the numbers drawn
+            with those of "weight".
+        approximate: what noise="activation" may do where it is not exact. False: nothing, it is
+            an error. True: a weight that meets several positions of an input (sequences,
+            convolutions), or is used in several places, is drawn anew at each, which leaves
+            out the correlation between them; a parameter that is used in any other way than by
+            a linear map (a norm's gain, an embedding) is drawn itself, once a sample, exactly.
+            No effect on noise="weight".
 
     Returns:
         The predictive distribution.
@@ -67,10 +82,15 @@ def predict(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of range; the parameters are not finite or do not fit
-            the model; `strategy="vmap"` and vmap cannot batch the model.
+            the model; `strategy="vmap"` and vmap cannot batch the model; `noise="activation"`
+            and the parameters are not independent normals, or it would not be exact (the
+            message names the parameter).
 
     Warns:
         UserWarning: the posterior is dropout, and no dropout was active in the forward pass.
+
+    Source:
+        Kingma, Salimans and Welling (2015), arXiv:1506.02557, for `noise="activation"`.
     """
     num, parent = _check(model, posterior, x, key, num_samples, strategy, chunk_size)
     if likelihood is not None:
@@ -80,6 +100,10 @@ def predict(
             f"`transform` is {transform!r}, expected a function, and no `likelihood` beside it:"
             " a likelihood has its own link"
         )
+    if noise not in get_args(NoiseSpace):
+        raise ValueError(f"`noise` is {noise!r}, expected one of {get_args(NoiseSpace)}")
+    if noise == "activation":
+        model, posterior = activation.reparametrised(model, posterior, x, approximate=approximate)
     run = _Run(model, posterior, parent, x, num, chunk_size)
     moments = RunningMoments(likelihood, transform, keep_samples=return_samples)
     for outputs in run.outputs(strategy):

@@ -13,6 +13,7 @@ from benchmarks import models, peers
 from benchmarks.cells import trajectory
 from benchmarks.peers import BASELINE
 from benchmarks.plans import AUTO
+from funcbayes.cli.bench.networks import NUM_CLASSES
 from funcbayes.cli.bench.timing import in_turn
 from funcbayes.core.memory import available_bytes
 
@@ -21,6 +22,8 @@ PATIENCE = 20.0
 BUDGET = 3.0
 # A size of which ten copies would not fit is left out: state, both libraries' samples, and air.
 COPIES = 30
+
+_CPU = torch.device("cpu")
 
 
 class Curve(NamedTuple):
@@ -49,7 +52,7 @@ def _wide(num_params: int) -> tuple[nn.Module, Tensor, int]:
     torch.manual_seed(0)
     net = nn.Sequential(
         *(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()),
-        nn.Linear(width, models.NUM_CLASSES),
+        nn.Linear(width, NUM_CLASSES),
     )
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
     return net.eval(), x, 5
@@ -88,11 +91,10 @@ def run(curve: Curve, sizes: Iterable[int] | None = None) -> dict[str, Any]:
     points: list[dict[str, Any]] = []
     patient = True
     for size in curve.sizes if sizes is None else sizes:
-        net, x, num_samples = curve.case(size)
-        num_params = sum(p.numel() for p in net.parameters())
-        if COPIES * 4 * num_params > available_bytes(torch.device("cpu")):
+        if curve.name == "parameters" and COPIES * 4 * size > available_bytes(_CPU):
             points.append({"size": size, "seconds": {}, "left_out": "not enough memory"})
             continue
+        net, x, num_samples = curve.case(size)
         sides = _sides(net, x, num_samples, baseline=patient)
         timings = in_turn(sides, budget=BUDGET, min_rounds=3, max_rounds=30)
         medians = {side: timings.of(side).median for side in timings.seconds}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import floors, models, peers, report, running
+from benchmarks import floors, growth, limits, models, peers, report, running
 from benchmarks.cells import all_cells
 from benchmarks.memory import peak_memory
 from benchmarks.peers import BASELINE
@@ -81,13 +81,14 @@ def test_a_side_of_ours_that_raises_is_a_failure(monkeypatch):
     assert any("auto: did not run" in line for line in running.failures([result]))
 
 
-def test_names_are_unique_and_every_floor_and_prototype_fits_a_cell():
+def test_names_are_unique_and_every_floor_and_goal_fits_a_cell():
     names = [cell.name for cell in all_cells()]
     assert len(set(names)) == len(names)
     for floor in floors.FLOORS:
         assert any(floors.fnmatchcase(name, floor.cells) for name in names), floor
-    for pattern in floors.PROTOTYPES:
-        assert any(floors.fnmatchcase(name, pattern) for name in names), pattern
+    for goal in floors.GOALS:
+        assert any(floors.fnmatchcase(name, goal.cells) for name in names), goal
+        assert goal.floor < goal.aim
     assert all(floors.floor_of(n, "auto") for n in names if n.startswith("predict/"))
 
 
@@ -110,8 +111,51 @@ def test_the_report_names_every_loss():
     results = report.collect([a_cell(spread(0.9, 0.85, 0.95))], quick=False)
     text = report.markdown(results)
     assert "- predict/swag/mlp/N=1, auto: 0.90" in text
-    assert results["schema"] == 1
+    assert results["schema"] == report.SCHEMA
     assert {"commit", "python", "torch", "threads", "cpu", "peers"} <= set(results["environment"])
+
+
+def test_the_report_names_every_goal_that_is_not_reached():
+    goal = {"cells": "*", "side": "auto", "to_rival": False, "floor": 2.0, "aim": 4.0}
+    missed = a_cell(spread(1.5))
+    missed["goals"] = [goal]
+    text = report.markdown(report.collect([missed], quick=False))
+    assert "1 of 1 not reached" in text
+    assert "| **1.50** | 2 | 4 |" in text
+
+
+def test_geometric_means_are_over_the_original_classes_cells():
+    cells = [a_cell(spread(2.0)), a_cell(spread(8.0)), {**a_cell(spread(50.0)), "baseline": LOOP}]
+    assert report.geometric_means(cells) == {"functions": {"mean": pytest.approx(4.0), "cells": 2}}
+
+
+def test_limits_bound_what_was_measured():
+    found = limits.measure(torch.device("cpu"), min_seconds=0.01)
+    assert 1e8 < found.operations < 1e14
+    assert 1e7 < found.bytes < 1e13
+    work = limits.Work(operations=found.operations, bytes=3 * found.bytes)
+    assert limits.seconds(work, found._asdict()) == pytest.approx(3)
+    cell = {**a_cell(spread(1.5)), "work": {"operations": 1e9, "bytes": 1.0}}
+    text = report.markdown(
+        report.collect([cell], quick=False, machine_limits={"operations": 2e10, "bytes": 1e9})
+    )
+    assert "| 50 % |" in text  # 0.05 s of 0.1
+
+
+def test_growth_is_measured_fitted_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(growth, "BUDGET", 0.0)
+    curve = growth.run(growth.CURVES[2], (10**3, 10**4, 10**5, 10**13))
+    assert [p["size"] for p in curve["points"]] == [10**3, 10**4, 10**5, 10**13]
+    assert curve["points"][-1]["left_out"] == "not enough memory"
+    assert set(curve["slopes"]) == {"auto", BASELINE}
+    exact = [{"size": n, "seconds": {"auto": 3.0 * n**0.5}} for n in (1, 10, 100, 1000)]
+    assert growth._slope(exact, "auto") == pytest.approx(0.5)
+    assert growth._slope(exact, BASELINE) is None
+    results = report.collect([a_cell(spread(2.0))], quick=False, curves=[curve])
+    _, tables = report.write(results, tmp_path)
+    assert "## Time against parameters" in tables.read_text()
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+    assert (tmp_path / "ratios.png").stat().st_size > 1000
 
 
 def test_peak_memory_is_one_of_the_call():

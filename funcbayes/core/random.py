@@ -58,6 +58,22 @@ OWN_RANDOMNESS = (
 KeyLike = Key | SupportsIndex
 
 
+class Coupled(NamedTuple):
+    """A key whose samples come in groups that depend on each other, as `antithetic` makes it.
+
+    Attributes:
+        key: what the groups are drawn from.
+        size: samples in a group: 2 or 4.
+    """
+
+    key: Key
+    size: int
+
+
+RowsKey = Key | SupportsIndex | Coupled
+"""What rows of normal numbers, and samples of normal posteriors, are drawn from."""
+
+
 def key(seed: SupportsIndex) -> Key:
     """Makes a key from a seed.
 
@@ -80,7 +96,40 @@ def as_key(value: object, *, name: str = "key") -> Key:
     """
     if isinstance(value, Key):
         return value
+    if isinstance(value, Coupled):
+        raise TypeError(
+            f"`{name}` is a Coupled key, which only samples of normal posteriors can be drawn"
+            " from: pass the key itself"
+        )
     return Key(_integer(value, name, 2**128), ())
+
+
+def as_rows_key(value: object, *, name: str = "key") -> Key | Coupled:
+    """Takes what `as_key` does, and a coupled key."""
+    return value if isinstance(value, Coupled) else as_key(value, name=name)
+
+
+def antithetic(key: KeyLike) -> Coupled:
+    """A key whose samples come in pairs, mean + d and mean − d.
+
+    For `funcbayes.predict` and for `sample` of normal posteriors. Each sample has the
+    distribution that it has without; the mean over an even number is exact for what is linear
+    in the parameters, and half as much noise is drawn.
+
+    Source:
+        Hammersley and Morton (1956), doi:10.1017/S0305004100031455.
+    """
+    return Coupled(as_key(key), 2)
+
+
+def orthogonal(key: KeyLike) -> Coupled:
+    """A key whose samples come in fours: two antithetic pairs with orthogonal noise.
+
+    As `antithetic`, and a quarter of the noise is drawn. The second pair's noise is the first
+    one's, turned by a right angle in pairs of coordinates, of which one that is left over keeps
+    its value.
+    """
+    return Coupled(as_key(key), 4)
 
 
 def split(key: KeyLike, num: int = 2) -> list[Key]:
@@ -281,7 +330,7 @@ def permutation(
 
 
 def normal_rows(
-    key: KeyLike,
+    key: RowsKey,
     start: int,
     stop: int,
     num: int,
@@ -295,7 +344,8 @@ def normal_rows(
     This is what makes a posterior sample independent of the chunk it is drawn in.
 
     Args:
-        key: the parent key; row i is drawn from `fold_in(key, start + i)`.
+        key: the parent key; row i is drawn from `fold_in(key, start + i)`. Of a coupled key, so
+            is each group of rows.
         start: number of the first row.
         stop: one past the number of the last row.
         num: numbers in a row.
@@ -307,7 +357,8 @@ def normal_rows(
     Raises:
         ValueError: `out` has another shape.
     """
-    parent = as_key(key)
+    found = as_rows_key(key)
+    parent, size = found if isinstance(found, Coupled) else (found, 1)
     shape = (stop - start, num)
     if out is None:
         dtype, device = dtype or torch.get_default_dtype(), torch.device(device or "cpu")
@@ -323,12 +374,40 @@ def normal_rows(
 
     def fill(first: int, last: int) -> None:
         for i in range(first, last):
-            Stream(fold_in(parent, start + i), device).normal(rows[i])
+            group, member = divmod(start + i, size)
+            # Members that lie in the same range are made of the first, without drawing again.
+            lead = i - member
+            if lead < first or member == 0:
+                Stream(fold_in(parent, group), device).normal(rows[i])
+                lead = i
+            if member:
+                _couple(rows[lead], rows[i], member)
 
     workers.over_rows(fill, len(rows), num, device)
     if out is None:
         return tensor(rows).to(dtype)
     return out if drawn == dtype else out.copy_(tensor(rows))
+
+
+def _couple(first: Any, out: Any, member: int) -> None:
+    """Writes a later member of a group, made of the first one's noise, which it may replace."""
+    if member >= 2:
+        half = len(first) // 2
+        top, bottom = first[:half], first[len(first) - half :]
+        turned = (
+            (bottom.copy(), top.copy())
+            if isinstance(first, np.ndarray)
+            else (bottom.clone(), top.clone())
+        )
+        middle = first[half : len(first) - half]
+        out[half : len(out) - half] = middle
+        out[:half] = turned[0]
+        out[len(out) - half :] = turned[1]
+        out[:half] *= -1
+    elif out is not first:
+        out[:] = first
+    if member % 2:
+        out *= -1
 
 
 def _drawn(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -117,19 +117,18 @@ def update(state: SwagState, params: TensorTree) -> SwagState:
     # every step's activations alive.
     params = tree_map(lambda p, m: p.detach().to(m.dtype), params, state.mean)
     count = state.count + 1
-    mean = tree_map(lambda m, p: m + (p - m) / count.to(m.device), state.mean, params)
-
+    before = tree_map(torch.sub, params, state.mean)
+    mean = tree_map(lambda m, b: torch.addcdiv(m, b, count.to(m)), state.mean, before)
+    after = tree_map(torch.sub, params, mean)
     # Not E[θ²] − E[θ]²: at mean 1, std 1e-4 in float32 that leaves only rounding noise.
-    def add_sq_dev(s: Tensor, p: Tensor, old: Tensor, new: Tensor) -> Tensor:
-        return s + (p - old) * (p - new)
+    sum_sq_dev = tree_map(torch.addcmul, state.sum_sq_dev, before, after)
 
     # A queue and not a ring: a position that depends on `count` would be a data-dependent
     # index, and the copy is there anyway since `state` must not change.
-    def push(d: Tensor, p: Tensor, new: Tensor) -> Tensor:
-        return torch.cat([d[1:], (p - new).to(d.dtype).unsqueeze(0)]) if d.shape[0] else d
+    def push(d: Tensor, deviation: Tensor) -> Tensor:
+        return torch.cat([d[1:], deviation.to(d.dtype).unsqueeze(0)]) if d.shape[0] else d
 
-    sum_sq_dev = tree_map(add_sq_dev, state.sum_sq_dev, params, state.mean, mean)
-    deviations = tree_map(push, state.deviations, params, mean)
+    deviations = tree_map(push, state.deviations, after)
     return SwagState(count, mean, sum_sq_dev, deviations)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcbayes.core import random, trees, workers
-from funcbayes.core.random import Key, KeyLike
+from funcbayes.core.random import Coupled, Key, KeyLike, RowsKey
 from funcbayes.core.trees import TensorTree
 
 
@@ -53,11 +53,11 @@ class Posterior(Protocol):
         """Parameters, leaves `[num_samples, *shape]`."""
         ...
 
-    def draw(self, key: Key, start: int, stop: int, out: Tensor | None = None) -> Draws:
+    def draw(self, key: Key | Coupled, start: int, stop: int, out: Tensor | None = None) -> Draws:
         """Samples start … stop − 1.
 
         Args:
-            key: the key of the whole set of samples.
+            key: the key of the whole set of samples; a coupled one for normal posteriors only.
             start: number of the first one.
             stop: one past the number of the last one.
             out: a buffer `[stop − start, draw_size]` that may be used, and that the result
@@ -101,7 +101,7 @@ def noise_format(tree: TensorTree) -> tuple[torch.dtype, torch.device]:
 
 
 def noise_rows(
-    like: TensorTree, key: KeyLike, start: int, stop: int, size: int, out: Tensor | None
+    like: TensorTree, key: RowsKey, start: int, stop: int, size: int, out: Tensor | None
 ) -> Tensor:
     """Standard normal rows `[stop − start, size]` in the format of `like`."""
     dtype, device = noise_format(like)

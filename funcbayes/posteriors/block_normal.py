@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from funcbayes.core import random, trees
-from funcbayes.core.random import KeyLike
+from funcbayes.core.random import RowsKey
 from funcbayes.core.trees import TensorTree
 from funcbayes.posteriors.base import Draws, check_num_samples, noise_format, noise_rows
 from funcbayes.posteriors.factors import Factor
@@ -45,7 +45,7 @@ class BlockNormal(NamedTuple):
         """Numbers that one sample takes in a draw's buffer."""
         return trees.num_elements(self.mean)
 
-    def sample(self, key: KeyLike, num_samples: int) -> TensorTree:
+    def sample(self, key: RowsKey, num_samples: int) -> TensorTree:
         """Draws mean + R z; sample i is a function of `(key, i)`.
 
         Returns:
@@ -54,9 +54,9 @@ class BlockNormal(NamedTuple):
         Raises:
             ValueError: `factors` does not fit `mean`.
         """
-        return self.draw(random.as_key(key), 0, check_num_samples(num_samples)).params
+        return self.draw(random.as_rows_key(key), 0, check_num_samples(num_samples)).params
 
-    def draw(self, key: KeyLike, start: int, stop: int, out: Tensor | None = None) -> Draws:
+    def draw(self, key: RowsKey, start: int, stop: int, out: Tensor | None = None) -> Draws:
         """Samples start … stop − 1, as `Posterior.draw` has it."""
         groups, means = self._groups(), trees.leaves(self.mean)
         noise = noise_rows(self.mean, key, start, stop, self.draw_size, out)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from funcbayes.core import random, trees
-from funcbayes.core.random import KeyLike
+from funcbayes.core.random import RowsKey
 from funcbayes.core.trees import TensorTree
 from funcbayes.posteriors.base import Draws, check_num_samples, draw_rows, noise_format, noise_rows
 from funcbayes.posteriors.diagonal import shift_scale
@@ -42,15 +42,15 @@ class LowRank(NamedTuple):
         """Numbers that one sample takes in a draw's buffer."""
         return trees.num_elements(self.mean) + self.rank
 
-    def sample(self, key: KeyLike, num_samples: int) -> TensorTree:
+    def sample(self, key: RowsKey, num_samples: int) -> TensorTree:
         """Draws mean + std ⊙ z₁ + z₂F; sample i is a function of `(key, i)`.
 
         Returns:
             Leaves `[num_samples, *shape]`, differentiable in every field.
         """
-        return self.draw(random.as_key(key), 0, check_num_samples(num_samples)).params
+        return self.draw(random.as_rows_key(key), 0, check_num_samples(num_samples)).params
 
-    def draw(self, key: KeyLike, start: int, stop: int, out: Tensor | None = None) -> Draws:
+    def draw(self, key: RowsKey, start: int, stop: int, out: Tensor | None = None) -> Draws:
         """Samples start … stop − 1, as `Posterior.draw` has it."""
 
         def rows(start: int, stop: int, out: Tensor | None) -> TensorTree:

@@ -14,7 +14,7 @@ from funcbayes.core.batching import is_out_of_memory, map_samples
 from funcbayes.core.data import batch_size
 from funcbayes.core.masks import KeyedDropout
 from funcbayes.core.model import Model
-from funcbayes.core.random import Key
+from funcbayes.core.random import Coupled, Key
 from funcbayes.posteriors import Draws, MaskStreams
 from funcbayes.posteriors.base import noise_format
 
@@ -97,7 +97,14 @@ def _forward(
 
 
 def evaluate(
-    model: Model, posterior: Any, key: Key | None, x: Any, start: int, stop: int, *, batched: bool
+    model: Model,
+    posterior: Any,
+    key: Key | Coupled | None,
+    x: Any,
+    start: int,
+    stop: int,
+    *,
+    batched: bool,
 ) -> Any:
     """Outputs `[samples, batch, *out]` of samples start … stop − 1.
 

@@ -12,16 +12,17 @@ from funcbayes.core.batching import is_unbatchable, log_unbatchable
 from funcbayes.core.data import batch_size
 from funcbayes.core.likelihoods import Likelihood, check_likelihood
 from funcbayes.core.model import Model, check_model
-from funcbayes.core.random import Key, KeyLike
+from funcbayes.core.random import Coupled, Key, RowsKey
 from funcbayes.posteriors import DropoutMasks, Empirical
 from funcbayes.posteriors.base import check_num_samples
-from funcbayes.prediction import forward, planner
+from funcbayes.prediction import activation, forward, planner
 from funcbayes.prediction.predictive import Predictive, RunningMoments
 
 # Outputs that are kept before their moments are taken.
 _GROUP_BYTES = 2**25
 
 Strategy = Literal["auto", "vmap", "loop", "threads"]
+NoiseSpace = Literal["weight", "activation"]
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def predict(
     posterior: Any,
     x: Any,
     *,
-    key: KeyLike | None,
+    key: RowsKey | None,
     num_samples: int | None = None,
     likelihood: Likelihood | None = None,
     strategy: Strategy = "auto",
@@ -38,6 +39,8 @@ def predict(
     memory_budget: int | None = None,
     return_samples: bool = False,
     transform: Callable[[Tensor], Tensor] | None = None,
+    noise: NoiseSpace = "weight",
+    approximate: bool = False,
 ) -> Predictive:
     """Predicts with posterior samples.
 
@@ -49,7 +52,9 @@ def predict(
         posterior: a distribution over its parameters, e.g. of `funcbayes.swag.posterior`.
         x: inputs, a pytree of tensors with a leading batch axis, on the parameters' device.
         key: what the samples are drawn from. None only where nothing is drawn: members of
-            an `Empirical` posterior with `num_samples=None`.
+            an `Empirical` posterior with `num_samples=None`. For normal posteriors,
+            `funcbayes.random.antithetic(key)` or `orthogonal(key)` gives samples in pairs or
+            fours, with less noise to draw and less variance.
         num_samples: how many samples. None: every member of an `Empirical` posterior once,
             in order; an error for the others.
         likelihood: what the outputs mean. With it, `mean` is that of the probabilities (or
@@ -64,6 +69,18 @@ def predict(
             a single sample may take more. None: half of what is free, on CPU at most 2 GiB.
         return_samples: whether `Predictive.samples` is kept.
         transform: applied to outputs without a likelihood before moments are taken.
+        noise: "weight": a sample is one network, the same for every row of `x`. "activation":
+            what each linear map gives is drawn, anew for every row, in place of its weights
+            (local reparametrisation), for posteriors of independent normals. The predictive of
+            each row is the same as with "weight", and faster to have; what two rows of one
+            sample have to do with each other is lost. So is any agreement of the numbers drawn
+            with those of "weight".
+        approximate: what noise="activation" may do where it is not exact. False: nothing, it is
+            an error. True: a weight that meets several positions of an input (sequences,
+            convolutions), or is used in several places, is drawn anew at each, which leaves
+            out the correlation between them; a parameter that is used in any other way than by
+            a linear map (a norm's gain, an embedding) is drawn itself, once a sample, exactly.
+            No effect on noise="weight".
 
     Returns:
         The predictive distribution.
@@ -71,10 +88,15 @@ def predict(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of range; the parameters are not finite or do not fit
-            the model; `strategy="vmap"` and vmap cannot batch the model.
+            the model; `strategy="vmap"` and vmap cannot batch the model; `noise="activation"`
+            and the parameters are not independent normals, or it would not be exact (the
+            message names the parameter).
 
     Warns:
         UserWarning: the posterior is dropout, and no dropout was active in the forward pass.
+
+    Source:
+        Kingma, Salimans and Welling (2015), arXiv:1506.02557, for `noise="activation"`.
     """
     num, parent = _check(model, posterior, x, key, num_samples, strategy, chunk_size, memory_budget)
     if likelihood is not None:
@@ -84,6 +106,7 @@ def predict(
             f"`transform` is {transform!r}, expected a function, and no `likelihood` beside it:"
             " a likelihood has its own link"
         )
+    model, posterior = _in_space(noise, model, posterior, x, approximate=approximate)
     run = _Run(model, posterior, parent, x, num, chunk_size, memory_budget)
     moments = RunningMoments(likelihood, transform, keep_samples=return_samples)
     for outputs in run.outputs(strategy):
@@ -101,6 +124,8 @@ def explain(
     strategy: Strategy = "auto",
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    noise: NoiseSpace = "weight",
+    approximate: bool = False,
 ) -> planner.Plan:
     """How `predict` would run the samples with the same arguments, and why.
 
@@ -114,6 +139,8 @@ def explain(
         strategy: as for `predict`.
         chunk_size: as for `predict`.
         memory_budget: as for `predict`.
+        noise: as for `predict`.
+        approximate: as for `predict`.
 
     Returns:
         The plan; `print(plan)` shows strategy, operations, bytes and costs.
@@ -131,8 +158,20 @@ def explain(
     if num_samples is None and not isinstance(posterior, Empirical):
         num_samples = 30
     num, parent = _check(model, posterior, x, 0, num_samples, strategy, chunk_size, memory_budget)
+    model, posterior = _in_space(noise, model, posterior, x, approximate=approximate)
     run = _Run(model, posterior, parent or random.key(0), x, num, chunk_size, memory_budget)
     return run.plan(strategy, run.profile()[1], num)
+
+
+def _in_space(
+    noise: str, model: Model, posterior: Any, x: Any, *, approximate: bool
+) -> tuple[Model, Any]:
+    """The model and the posterior whose samples are drawn."""
+    if noise not in get_args(NoiseSpace):
+        raise ValueError(f"`noise` is {noise!r}, expected one of {get_args(NoiseSpace)}")
+    if noise == "weight":
+        return model, posterior
+    return activation.reparametrised(model, posterior, x, approximate=approximate)
 
 
 class _UnbatchableError(Exception):
@@ -144,7 +183,7 @@ class _Run(NamedTuple):
 
     model: Model
     posterior: Any
-    key: Key | None
+    key: Key | Coupled | None
     x: Any
     num: int
     chunk_size: int | None
@@ -260,12 +299,12 @@ def _check(
     model: Model,
     posterior: Any,
     x: Any,
-    key: KeyLike | None,
+    key: RowsKey | None,
     num_samples: int | None,
     strategy: str,
     chunk_size: int | None,
     memory_budget: int | None,
-) -> tuple[int, Key | None]:
+) -> tuple[int, Key | Coupled | None]:
     check_model(model)
     if not hasattr(posterior, "draw"):
         raise TypeError(
@@ -296,7 +335,7 @@ def _check(
         raise ValueError(
             "`key` is None, expected a key or an integer seed: samples are drawn from it"
         )
-    return num, random.as_key(key)
+    return num, random.as_rows_key(key)
 
 
 def _with_sample_axis(outputs: Any) -> Any:

@@ -305,3 +305,44 @@ def test_draws_on_cuda_are_functions_of_the_key(name):
     assert torch.equal(before, torch.cuda.get_rng_state())
     rows = random.normal_rows(7, 0, 4, 5, device="cuda")
     assert_close(random.normal_rows(7, 2, 3, 5, device="cuda"), rows[2:3], rtol=0, atol=0)
+
+
+# -- coupled rows --------------------------------------------------------------------------
+
+
+@given(
+    seed=st.integers(0, 100), cuts=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    num=st.integers(1, 12), size=st.sampled_from([2, 4]),
+)  # fmt: skip
+def test_coupled_rows_do_not_depend_on_their_chunk(seed, cuts, num, size):
+    couple = {2: random.antithetic, 4: random.orthogonal}[size]
+    start, stop = sorted(cuts)
+    whole = random.normal_rows(couple(seed), 0, 9, num, dtype=torch.float64)
+    part = random.normal_rows(couple(seed), start, stop, num, dtype=torch.float64)
+    assert_close(part, whole[start:stop], rtol=0, atol=0)
+    for group in range(9 // size):
+        rows = whole[group * size : (group + 1) * size]
+        first = random.normal(random.fold_in(seed, group), (num,), dtype=torch.float64)
+        assert_close(rows[0], first, rtol=0, atol=0)
+        assert_close(rows[1::2], -rows[::2], rtol=0, atol=0)
+        if size == 4:
+            assert_close(rows[2].square().sum(), first.square().sum())
+            half = num // 2
+            left_over = first[half : num - half].square().sum()
+            assert_close(rows[2] @ first, left_over, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("couple", [random.antithetic, random.orthogonal])
+def test_coupled_rows_are_standard_normal_each(couple):
+    z = random.normal_rows(couple(0), 0, 8, 40_001)
+    for row in z:
+        assert abs(z_score(row, 0, 1)) < 5
+        assert abs(z_score(row.square(), 1, 2)) < 5
+    between = (z[::4] @ z[2::4].T).diagonal() if couple is random.orthogonal else z[::2] @ z[::2].T
+    assert bool((between.flatten()[1:3] / math.sqrt(40_001) < 5).all())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_coupled_key_is_refused_where_nothing_is_coupled():
+    with pytest.raises(TypeError, match="`key` is a Coupled key, which only samples of normal"):
+        random.fold_in(random.antithetic(0), 1)

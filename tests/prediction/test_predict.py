@@ -527,3 +527,25 @@ def test_threads_inside_threads_do_not_wait_for_each_other(case):
     outer = fb.Model(apply=apply, params={"w": torch.ones(3)})
     pred = fb.predict(outer, diagonal(outer), x, key=1, num_samples=5, strategy="threads")
     assert pred.variance.any()
+
+
+@pytest.mark.parametrize("couple", [fb.random.antithetic, fb.random.orthogonal])
+def test_coupled_samples_have_the_exact_mean_of_a_linear_network(couple):
+    model = fb.Model.from_module(nn.Linear(4, 3).double())
+    posterior, x = diagonal(model, 0.5), torch.randn(5, 4, dtype=torch.float64)
+    expected = model.apply(model.params, x)
+    for strategy in ("auto", "loop", "threads"):
+        pred = fb.predict(model, posterior, x, key=couple(0), num_samples=8, strategy=strategy)
+        torch.testing.assert_close(pred.mean, expected)
+        assert (pred.variance > 0).all()
+    low_rank = fb.posteriors.LowRank(*posterior, trees.stack([posterior.std, posterior.mean]))
+    pred = fb.predict(model, low_rank, x, key=couple(0), num_samples=8)
+    torch.testing.assert_close(pred.mean, expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_coupled_samples_of_a_mixture_are_refused(case):
+    model, posterior, x = case
+    mixture = fb.posteriors.mixture([posterior])
+    with pytest.raises(TypeError, match="is a Coupled key, which only samples of normal"):
+        fb.predict(model, mixture, x, key=fb.random.antithetic(0), num_samples=8)

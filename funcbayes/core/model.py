@@ -227,8 +227,8 @@ class _ModuleModel(Model):
     ) -> tuple[Any, dict[str, Tensor]]:
         """The outputs, and the tensors that they were computed with."""
         tensors = self._tensors(params, constants, training=training)
-        if torch.compiler.is_compiling():
-            return self._traced(tensors, x, training=training), tensors
+        if torch.compiler.is_compiling() and not training:
+            return self._traced(tensors, x), tensors
         writes = self._writes_inputs.get(training)
         if writes is not False:
             x = tensor_map(torch.clone, x)
@@ -245,19 +245,15 @@ class _ModuleModel(Model):
             self._writes_inputs[training] = moved
         return outputs, tensors
 
-    def _traced(self, tensors: dict[str, Tensor], x: Any, *, training: bool) -> Any:
+    def _traced(self, tensors: dict[str, Tensor], x: Any) -> Any:
         """The outputs, for `torch.compile`: without the bookkeeping, which cannot be traced.
 
         What a network writes to its inputs is known from a call that was not compiled; until
         then it gets copies.
         """
-        if self._writes_inputs.get(training) is not False:
+        if self._writes_inputs.get(False) is not False:
             x = tensor_map(torch.clone, x)
-        module = self._template
-        if training:
-            module = _structural_copy(module)
-            self._set_training(module)
-        return functional_call(module, tensors, _arguments(x), tie_weights=self._tied)
+        return functional_call(self._template, tensors, _arguments(x), tie_weights=self._tied)
 
     @contextmanager
     def _watched(self, tensors: dict[str, Tensor], *, training: bool) -> Iterator[None]:

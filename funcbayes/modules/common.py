@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, Literal
@@ -110,6 +111,9 @@ _ATOMS = (
 )
 
 
+_TABLES = (OrderedDict, dict, set)
+
+
 def _structure(net: nn.Module) -> tuple[list[Any] | None, list[Any]]:
     """What a network consists of: parts to compare by `is`, and values to compare by `==`.
 
@@ -137,8 +141,11 @@ def _structure(net: nn.Module) -> tuple[list[Any] | None, list[Any]]:
 
     for part in net.modules():
         for name, value in vars(part).items():
+            # Most of a module's attributes are tables of hooks, without entries.
+            if type(value) in _TABLES and not value:
+                parts.append(value)
             # Predictions run in evaluation mode, whatever the network's.
-            if name != "training" and not visit(value):
+            elif name != "training" and not visit(value):
                 return None, []
     return parts, values
 

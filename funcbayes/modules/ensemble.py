@@ -116,13 +116,15 @@ class DeepEnsemble(BaseBayesianMethod):
         drawn = None if num_samples is None else common.key_or_draw(key)
         return_samples = return_samples or return_all
         members = list(self.models)
-        model = self._network.get(self.models, None, lambda: _common_model(members))
-        if model is not None:
+        common_network = self._network.get(self.models, None, lambda: _common_network(members))
+        if common_network is not None:
+            model, tensors = common_network
+            # Stacked anew each time: values may change in place, and not all ways leave a trace.
             with torch.no_grad():
-                stacks = trees.stack([_tensors(member) for member in members])
+                params, constants = ({k: torch.stack(v) for k, v in t.items()} for t in tensors)
             return self._predict(
                 model,
-                Empirical(*stacks),
+                Empirical(params, constants),
                 x,
                 return_samples=return_samples,
                 normalize_output=normalize_output,
@@ -272,11 +274,6 @@ class DeepEnsemble(BaseBayesianMethod):
         return trees.tensor_map(lambda v: v.mean(-1), variance)
 
 
-def _tensors(member: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    params = {name: p.detach() for name, p in member.named_parameters()}
-    return params, {name: b.detach() for name, b in member.named_buffers()}
-
-
 @torch.no_grad()
 def _predict_one_by_one(
     members: list[nn.Module],
@@ -333,11 +330,27 @@ def _train_epoch(
         optimizer.step()
 
 
-def _common_model(members: list[nn.Module]) -> Model | None:
-    """The function that all members compute with their own tensors; None if they differ."""
+_Lists = dict[str, list[Tensor]]
+
+
+def _common_network(members: list[nn.Module]) -> tuple[Model, tuple[_Lists, _Lists]] | None:
+    """The function that all members compute with their own tensors; None if they differ.
+
+    Returns:
+        A model of the first member, and by name all members' live parameters and buffers.
+    """
     if not all(_same_network(members[0], member) for member in members[1:]):
         return None
-    return Model.from_module(members[0], bayesian=common.every)
+    params: _Lists = {}
+    buffers: _Lists = {}
+    for member in members:
+        for lists, named in (
+            (params, member.named_parameters()),
+            (buffers, member.named_buffers()),
+        ):
+            for name, tensor in named:
+                lists.setdefault(name, []).append(tensor.detach())
+    return Model.from_module(members[0], bayesian=common.every), (params, buffers)
 
 
 def _same_network(a: nn.Module, b: nn.Module) -> bool:

@@ -140,7 +140,7 @@ VMAP_BUGS = {
     reads_a_number: r"vmap\(function\) raised RuntimeError: vmap: .*\.item\(\).*`float\(\)`",
     draws: r"after function, torch's global generator was moved.*without a key",
     counts: r"the result, leaf \['count'\], is a int, which vmap cannot stack",
-    flips_outermost: r"vmap\(function\) against a loop: sample 0, entry \(\d, \d\): .*an operation",
+    flips_outermost: r"vmap\(function\) against a loop: sample \d, entry \(\d, \d\): .* operation",
     writes: r"after function, `stacked\[0\]\['w'\]` changed, entry \(0, 0, 0\)",
 }
 

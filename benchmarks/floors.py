@@ -17,7 +17,7 @@ class Floor(NamedTuple):
 
 FLOORS = (
     Floor("predict/*", (CLASS, AUTO), 1.0),
-    Floor("dropout/resnet-w16/*", (CLASS, AUTO), 12.0),
+    Floor("dropout/resnet-w16/*", (CLASS, AUTO), 8.0),
     Floor("fisher/mlp/*", (CLASS, FUNCTION), 20.0),
 )
 """To the plain loop."""

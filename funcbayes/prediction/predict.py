@@ -149,9 +149,10 @@ def explain(
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of range or does not fit the model.
 
-    Example:
+    Examples:
+        >>> import torch, funcbayes as fb
         >>> model = fb.Model.from_module(torch.nn.Linear(4, 3))
-        >>> posterior = fb.dropout.posterior(model, rate=0.1)
+        >>> posterior = fb.vi.posterior(fb.vi.init(model.params))
         >>> fb.explain(model, posterior, torch.ones(5, 4)).strategy
         'vmap'
     """

@@ -28,7 +28,8 @@ from funcbayes.core.trees import (
 
 Constants = Mapping[str, Tensor]
 
-_MAX_PLANS = 256
+# The most plans, or recordings, that a model keeps.
+_MOST = 256
 
 
 class Scratch:
@@ -36,18 +37,21 @@ class Scratch:
 
     Attributes:
         plans: how the samples are best run, by shapes.
+        recordings: batched passes of small networks, by the formats of what they take.
         buffers: memory for noise, since fresh memory takes longer to map than to fill.
     """
 
     def __init__(self) -> None:
         self.plans: dict[Any, Any] = {}
+        self.recordings: dict[Any, Any] = {}
         self.buffers: deque[Tensor] = deque()
 
-    def remember(self, key: Any, plan: Any) -> None:
-        """Keeps a plan, and forgets the oldest beyond a limit."""
-        self.plans[key] = plan
-        while len(self.plans) > _MAX_PLANS:
-            self.plans.pop(next(iter(self.plans)), None)
+    @staticmethod
+    def remember(known: dict[Any, Any], key: Any, value: Any) -> None:
+        """Keeps a value, and forgets the oldest beyond a limit."""
+        known[key] = value
+        while len(known) > _MOST:
+            known.pop(next(iter(known)), None)
 
     def __reduce__(self) -> tuple[type["Scratch"], tuple[()]]:
         return Scratch, ()

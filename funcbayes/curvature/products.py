@@ -487,7 +487,7 @@ def _accumulate(
                 rows = slice(start, start + step)
                 part = trees.tensor_map(lambda t, rows=rows: t[rows], (x, y))
                 plan = _part_products(problem, plan, part, num_columns, width, columns, add)
-            scratch.remember(signature, plan)
+            scratch.remember(scratch.plans, signature, plan)
         num_data += size
     return num_data
 

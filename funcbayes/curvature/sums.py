@@ -514,7 +514,8 @@ class _Sums:
                 if not self.groups:
                     self._start(plan)
                 plan = self._add(plan, x, y, number)
-                problem.model._scratch.remember(signature, plan)
+                scratch = problem.model._scratch
+                scratch.remember(scratch.plans, signature, plan)
                 finite = bool(torch.isfinite(self.loss))
             if not finite:
                 raise ValueError(

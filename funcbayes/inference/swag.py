@@ -113,23 +113,35 @@ def update(state: SwagState, params: TensorTree) -> SwagState:
     check_like(params, state.mean, name="params")
     if not _in_transform(params):
         check_finite(params, name="params")
-    # The caller passes live training parameters; keeping their graph would keep
-    # every step's activations alive.
-    params = tree_map(lambda p, m: p.detach().to(m.dtype), params, state.mean)
     count = state.count + 1
-    before = tree_map(torch.sub, params, state.mean)
-    mean = tree_map(lambda m, b: torch.addcdiv(m, b, count.to(m)), state.mean, before)
-    after = tree_map(torch.sub, params, mean)
-    # Not E[θ²] − E[θ]²: at mean 1, std 1e-4 in float32 that leaves only rounding noise.
-    sum_sq_dev = tree_map(torch.addcmul, state.sum_sq_dev, before, after)
+    # A number where it can be read without waiting; a tensor in a transform and on other devices.
+    fast = count.device.type == "cpu" and not _in_transform((state, params))
+    share = 1 / int(count) if fast else None
+
+    def moments(m: Tensor, s: Tensor, d: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # Detached: the caller passes live training parameters, and keeping their graph would
+        # keep every step's activations alive.
+        before = p.detach().to(m.dtype) - m
+        # Not E[θ²] − E[θ]²: at mean 1, std 1e-4 in float32 that leaves only rounding noise.
+        # θ − new mean is (1 − 1/n)(θ − old mean).
+        if share is None:
+            part = count.to(m).reciprocal()
+            mean, after = torch.addcmul(m, before, part), before * (1 - part)
+            return mean, torch.addcmul(s, before, after), push(d, after)
+        mean = torch.add(m, before, alpha=share)
+        pushed = push(d, before * (1 - share)) if len(d) else d
+        # Into memory that is there: fresh pages cost more than the arithmetic.
+        return mean, torch.addcmul(s, before, before, value=1 - share, out=before), pushed
 
     # A queue and not a ring: a position that depends on `count` would be a data-dependent
     # index, and the copy is there anyway since `state` must not change.
     def push(d: Tensor, deviation: Tensor) -> Tensor:
         return torch.cat([d[1:], deviation.to(d.dtype).unsqueeze(0)]) if d.shape[0] else d
 
-    deviations = tree_map(push, state.deviations, after)
-    return SwagState(count, mean, sum_sq_dev, deviations)
+    # Leaf by leaf, so that a leaf's differences are in cache when they are squared.
+    leaves = (trees.leaves(tree) for tree in (*state[1:], params))
+    moved = zip(*(moments(*leaf) for leaf in zip(*leaves, strict=True)), strict=True)
+    return SwagState(count, *(trees.unflatten(new, params) for new in moved))
 
 
 def merge(a: SwagState, b: SwagState) -> SwagState:

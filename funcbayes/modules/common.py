@@ -84,9 +84,12 @@ class SameNetwork:
         self._parts: list[Any] | None = None
         self._values: list[Any] = []
         self._made: Any = None
+        self._snapshot: _Snapshot | None = None
 
     def get(self, net: nn.Module, also: Any, make: Callable[[], Any]) -> Any:
         """The last result of `make`, or a new one where `net` or `also` is another."""
+        if self._snapshot is not None and self._snapshot.holds(net) and also == self._values[-1]:
+            return self._made
         parts, values = _structure(net)
         values.append(also)
         known = self._parts
@@ -99,10 +102,70 @@ class SameNetwork:
         ):
             self._made = make()
             self._parts, self._values = parts, values
+        # Only where everything that may change is a table, a list or a tensor that was seen.
+        self._snapshot = None if parts is None else _Snapshot(net, parts)
         return self._made
 
     def __reduce__(self) -> tuple[type["SameNetwork"], tuple[()]]:
         return SameNetwork, ()  # a copy of an object is about another network
+
+
+class _Snapshot:
+    """A network's tables and tensors, for a quick look whether they are still the same.
+
+    That two objects are one is all that it sees, so it may say no where nothing has changed.
+    """
+
+    def __init__(self, net: nn.Module, parts: list[Any]) -> None:
+        self._net = net
+        modules = list(net.modules())
+        tables = [vars(module) for module in modules]
+        lists: list[Any] = []
+        for module in modules:
+            for value in vars(module).values():
+                _containers(value, tables, lists)
+        self._empty = [table for table in tables if not table]
+        self._tables = [(table, list(table), list(table.values())) for table in tables if table]
+        self._lists = [(live, list(live)) for live in lists]
+        self._tensors = [(part, *_form(part)) for part in parts if isinstance(part, Tensor)]
+
+    def holds(self, net: nn.Module) -> bool:
+        """Whether all is as it was."""
+        return (
+            net is self._net
+            and not any(self._empty)
+            and all(
+                len(table) == len(values)
+                and all(map(operator.is_, table.values(), values))
+                and list(table) == names
+                for table, names, values in self._tables
+            )
+            and all(
+                len(live) == len(items) and all(map(operator.is_, live, items))
+                for live, items in self._lists
+            )
+            and all(_form(tensor) == (memory, form) for tensor, memory, form in self._tensors)
+        )
+
+
+def _containers(value: Any, tables: list[Any], lists: list[Any]) -> None:
+    """Adds the tables and lists in an attribute, at any depth, to those known."""
+    if isinstance(value, dict):
+        tables.append(value)
+        for item in value.values():
+            _containers(item, tables, lists)
+    elif isinstance(value, list | set):
+        lists.append(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            _containers(item, tables, lists)
+
+
+def _form(tensor: Tensor) -> tuple[int, Any]:
+    """Where a tensor lies, and in which format."""
+    # `.to()` and `.data =` put other memory under the same parameter.
+    form = (tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad)
+    return tensor.data_ptr(), form
 
 
 _ATOMS = (
@@ -125,13 +188,10 @@ def _structure(net: nn.Module) -> tuple[list[Any] | None, list[Any]]:
     def visit(value: Any) -> bool:
         parts.append(value)
         if isinstance(value, Tensor):
-            # `.to()` and `.data =` put other memory under the same parameter.
             try:
-                memory = value.data_ptr()
+                values.append(_form(value))
             except RuntimeError:  # a subclass without memory of its own
                 return False
-            form = (tuple(value.shape), value.stride(), value.dtype, value.requires_grad)
-            values.append((memory, form))
             return True
         if isinstance(value, dict):
             return all(visit(k) and visit(v) for k, v in value.items())

@@ -118,13 +118,14 @@ class SWAG(SamplingMethod):
                 moments are then what they were before.
         """
         common.check_module(model)
+        mean, named = self.mean, dict(model.named_parameters())
         params = {
-            name: p.detach().to(self.mean[name].device) if name in self.mean else p.detach()
-            for name, p in model.named_parameters()
+            name: p.detach().to(mean[name].device) if name in mean else p.detach()
+            for name, p in named.items()
         }
         self._state = swag.update(self._state, params)
         self._drawn |= (
-            common.trainable(model)
+            frozenset(name for name, p in named.items() if p.requires_grad)
             or common.trainable(self.model)
             or self._drawn
             or frozenset(params)

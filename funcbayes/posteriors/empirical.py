@@ -60,7 +60,9 @@ class Empirical(NamedTuple):
     def draw(self, key: KeyLike | None, start: int, stop: int, out: Tensor | None = None) -> Draws:
         """Samples start … stop − 1, as `Posterior.draw` has it; without a key in order."""
         both = (self.params, self.constants)
-        if key is None:
+        if key is None and (start, stop) == (0, self.num_members):
+            rows = both
+        elif key is None:
             rows = trees.tensor_map(lambda x: x[start:stop], both)
         else:
             members = self._members(key, start, stop)

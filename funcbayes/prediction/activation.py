@@ -87,7 +87,7 @@ def reparametrised(model: Model, posterior: Any, x: Any, *, approximate: bool) -
     plan = model._scratch.plans.get(plan_key)
     if plan is None:
         plan = _discover(model, mean, x)
-        model._scratch.remember(plan_key, plan)
+        model._scratch.remember(model._scratch.plans, plan_key, plan)
     if plan.inexact is not None and not approximate:
         raise ValueError(plan.inexact)
     if not plan.outputs and not plan.drawn:
@@ -111,7 +111,9 @@ def reparametrised(model: Model, posterior: Any, x: Any, *, approximate: bool) -
         return result
 
     noisy = Model(apply, (noise.outputs, noise.mean))
-    noisy._scratch = model._scratch
+    # Not the recordings: those are of another function.
+    noisy._scratch.plans = model._scratch.plans
+    noisy._scratch.buffers = model._scratch.buffers
     return noisy, noise
 
 

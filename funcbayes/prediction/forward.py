@@ -17,9 +17,12 @@ from funcbayes.core.model import Model
 from funcbayes.core.random import Coupled, Key
 from funcbayes.posteriors import Draws, MaskStreams
 from funcbayes.posteriors.base import noise_format
+from funcbayes.prediction import recording
 
 # The most memory that a model keeps for noise from one prediction to the next.
 _KEPT_BYTES = 2**27
+# What is known of a format before there is a recording.
+_UNSEEN, _SEEN = object(), object()
 
 
 def only(draws: Draws) -> Draws:
@@ -65,6 +68,23 @@ def all_samples(model: Model, draws: Draws, x: Any) -> Any:
         return vmap(one, in_dims=axes, randomness=randomness)(*arguments)
 
 
+def _recorded(model: Model, draws: Draws, x: Any) -> Any:
+    """What `all_samples` gives, from the second call with one format by a recording."""
+    inputs = recording.inputs_of(model, draws, x)
+    if inputs is None:
+        return all_samples(model, draws, x)
+    scratch, key = model._scratch, recording.form(inputs)
+    found = scratch.recordings.get(key, _UNSEEN)
+    if found is _UNSEEN:
+        scratch.remember(scratch.recordings, key, _SEEN)
+        return all_samples(model, draws, x)
+    if found is _SEEN:
+        outputs, made = recording.record(lambda: all_samples(model, draws, x), inputs)
+        scratch.remember(scratch.recordings, key, made)
+        return outputs
+    return all_samples(model, draws, x) if found is None else found(inputs)
+
+
 def _forward(
     model: Model,
     params: Any,
@@ -105,6 +125,7 @@ def evaluate(
     stop: int,
     *,
     batched: bool,
+    small: bool = False,
 ) -> Any:
     """Outputs `[samples, batch, *out]` of samples start … stop − 1.
 
@@ -116,11 +137,13 @@ def evaluate(
         start: number of the first sample.
         stop: one past the number of the last one.
         batched: whether they run in one batched pass; otherwise there is one sample.
+        small: whether calls take longer than what they compute, so that a recording pays.
     """
     with _kept_buffer(model, posterior, stop - start) as rows:
         draws = posterior.draw(key, start, stop, rows)
         if batched:
-            return apart(all_samples(model, draws, x), rows)
+            run = _recorded if small else all_samples
+            return apart(run(model, draws, x), rows)
         outputs = apart(one_sample(model, only(draws), x), rows)
     return trees.tensor_map(lambda leaf: leaf.unsqueeze(0), outputs)
 

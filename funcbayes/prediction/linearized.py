@@ -315,7 +315,7 @@ class _Run(NamedTuple):
                 plan = perturbation.examine(
                     model, leaves, plan, plain_x, None, constants, _Units(axis, 0, 1)
                 )
-            model._scratch.remember(signature, plan)
+            model._scratch.remember(model._scratch.plans, signature, plan)
         groups, low_rank = _groups(posterior, trees.names(model.params))
         columns = max(num_classes, min(_COLUMNS, example[0].numel()))
         per_datum = plan.bytes_per_datum + (columns - 1) * plan.bytes_per_column + 1

@@ -235,6 +235,12 @@ _REASONS = {
 _UNBATCHABLE = "vmap cannot batch this model"
 
 
+def calls_dominate(plan: Plan) -> bool:
+    """Whether Python takes longer over a pass than the cores do."""
+    one = plan.profile
+    return _PASS + _KERNEL * one.kernels > one.shared + plan.chunk_size * one.sampled * _BATCHED
+
+
 def memory_budget(device: torch.device) -> int:
     """Bytes that a prediction may take where the user does not say."""
     free = int(_SHARE * available_bytes(device))

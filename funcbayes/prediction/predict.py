@@ -244,7 +244,8 @@ class _Run(NamedTuple):
         return outputs, profile
 
     def _remember(self, profile: planner.Profile) -> None:
-        self.model._scratch.remember(planner.plan_key(self.posterior, self.x), profile)
+        scratch, key = self.model._scratch, planner.plan_key(self.posterior, self.x)
+        scratch.remember(scratch.plans, key, profile)
 
     def _measured(self) -> tuple[Any, planner.Profile]:
         """Outputs and profile of sample 0."""
@@ -263,11 +264,14 @@ class _Run(NamedTuple):
     def _by(self, plan: planner.Plan, done: int) -> Iterator[Any]:
         x = _channels_last(self.x) if plan.channels_last else self.x
         batched = plan.strategy == "vmap" or plan.chunk_size > 1
+        small = batched and planner.calls_dominate(plan)
 
         def run(start: int, stop: int) -> Any:
             try:
                 return forward.evaluate(
-                    self.model, self.posterior, self.key, x, start, stop, batched=batched
+                    *(self.model, self.posterior, self.key, x, start, stop),
+                    batched=batched,
+                    small=small,
                 )
             except (RuntimeError, NotImplementedError) as error:
                 if batched and is_unbatchable(error):
@@ -320,10 +324,10 @@ def _check(
         check_num_samples(memory_budget, name="memory_budget")
     batch_size(x)
     trees.check_finite(posterior, name="posterior")
-    if hasattr(posterior, "mean"):
-        template = posterior.params if isinstance(posterior, Empirical) else posterior.mean
-        dims = 1 if isinstance(posterior, Empirical) else 0
-        trees.check_like(template, model.params, name="posterior.mean", batch_dims=dims)
+    if isinstance(posterior, Empirical):
+        trees.check_like(posterior.params, model.params, name="posterior.mean", batch_dims=1)
+    elif hasattr(posterior, "mean"):
+        trees.check_like(posterior.mean, model.params, name="posterior.mean")
     if num_samples is None:
         if not isinstance(posterior, Empirical):
             raise ValueError(

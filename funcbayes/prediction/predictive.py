@@ -1,14 +1,17 @@
 """The predictive distribution: moments over posterior samples, gathered chunk by chunk."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, is_dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from funcbayes.core import trees
 from funcbayes.core.likelihoods import Gaussian, Likelihood
+
+# Numbers of outputs that a predictive distribution keeps until it is asked about them.
+_MOST_WAITING = 2**16
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Predictive:
     mean: Any
     variance: Any
     samples: Any
-    _with_likelihood: "_LikelihoodMoments | None"
+    _with_likelihood: "_LikelihoodMoments | _Waiting | None"
 
     @property
     def aleatoric(self) -> Tensor:
@@ -73,7 +76,9 @@ class Predictive:
                 f"`{name}` needs to know what the outputs mean: pass `likelihood` to predict,"
                 " e.g. likelihood=funcbayes.likelihoods.Categorical()"
             )
-        return self._with_likelihood
+        if isinstance(self._with_likelihood, _Waiting):
+            object.__setattr__(self, "_with_likelihood", self._with_likelihood.moments())
+        return self._with_likelihood  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,31 @@ class _LikelihoodMoments:
     total: Tensor
     entropy: Tensor
     expected_entropy: Tensor
+
+
+class _Waiting(NamedTuple):
+    """What `_LikelihoodMoments` are computed from when somebody asks.
+
+    For a small network they take longer than the rest of a prediction.
+    """
+
+    likelihood: Likelihood
+    outputs: Tensor
+    mean: Tensor
+    sum_sq_dev: Tensor
+
+    @torch.no_grad()
+    def moments(self) -> _LikelihoodMoments:
+        aleatoric, entropy = _sums(self.likelihood, self.outputs)
+        return _likelihood_moments(
+            self.likelihood,
+            len(self.outputs),
+            self.mean,
+            self.sum_sq_dev,
+            aleatoric,
+            entropy,
+            self.outputs.dtype,
+        )
 
 
 class RunningMoments:
@@ -110,6 +140,7 @@ class RunningMoments:
         self._like: Any = None
         self._mean: Any = None
         self._sum_sq_dev: Any = None
+        self._waiting: Tensor | None = None
         self._aleatoric: Any = None
         self._entropy: Any = None
 
@@ -122,7 +153,7 @@ class RunningMoments:
                     " one tensor: wrap the network to return that tensor, or leave the"
                     " likelihood out"
                 )
-            values = self._each(self._likelihood.inverse_link, outputs)
+            values = _each(self._likelihood.inverse_link, outputs)
         elif self._transform is not None:
             values = trees.tensor_map(self._transform, outputs)
         else:
@@ -135,17 +166,24 @@ class RunningMoments:
             self._like = trees.index(values, 0)
         self._merge(wide, chunk)
         if self._likelihood is not None:
-            aleatoric = _at_least_float32(self._each(self._likelihood.aleatoric, outputs)).sum(0)
-            entropy = _at_least_float32(self._each(self._likelihood.entropy, outputs)).sum(0)
-            first = self._count == 0
-            self._aleatoric = aleatoric if first else self._aleatoric + aleatoric
-            self._entropy = entropy if first else self._entropy + entropy
+            if self._count == 0 and self._kept is None and _may_wait(self._likelihood, outputs):
+                self._waiting = outputs
+            else:
+                self._sum_up(self._likelihood)
+                self._add_sums(_sums(self._likelihood, outputs))
         self._count += chunk
 
-    @staticmethod
-    def _each(method: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
-        """A likelihood's method on every sample: likelihoods take one axis of data."""
-        return method(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
+    def _sum_up(self, likelihood: Likelihood) -> None:
+        """Takes in the outputs that wait."""
+        if self._waiting is not None:
+            self._add_sums(_sums(likelihood, self._waiting))
+            self._waiting = None
+
+    def _add_sums(self, sums: tuple[Tensor, Tensor]) -> None:
+        aleatoric, entropy = sums
+        first = self._aleatoric is None
+        self._aleatoric = aleatoric if first else self._aleatoric + aleatoric
+        self._entropy = entropy if first else self._entropy + entropy
 
     def _merge(self, values: Any, chunk: int) -> None:
         mean = trees.tensor_map(lambda v: v.mean(0), values)
@@ -170,22 +208,22 @@ class RunningMoments:
         """The predictive distribution of the samples so far."""
         ddof = max(self._count - 1, 1)
 
-        def narrow(wide: Tensor, like: Tensor) -> Tensor:
-            return wide.to(like.dtype) if like.is_floating_point() else wide
-
-        mean = trees.tree_map(narrow, self._mean, self._like)
-        variance = trees.tree_map(lambda s, x: narrow(s / ddof, x), self._sum_sq_dev, self._like)
+        mean = trees.tree_map(lambda m, x: _narrow(m, x.dtype), self._mean, self._like)
+        variance = trees.tree_map(
+            lambda s, x: _narrow(s / ddof, x.dtype), self._sum_sq_dev, self._like
+        )
         moments = None
-        if self._likelihood is not None:
-            aleatoric = self._aleatoric / self._count
-            # Biased on purpose: the mixture of these samples has exactly this variance, and
-            # for probabilities it adds up to mean · (1 − mean).
-            total = aleatoric + self._sum_sq_dev / self._count
-            entropy = self._likelihood.predictive_entropy(self._mean, total)
-            # One sample is its own mixture: no rounding between two ways to its entropy.
-            expected = entropy if self._count == 1 else self._entropy / self._count
-            moments = _LikelihoodMoments(
-                *(narrow(x, self._like) for x in (aleatoric, total, entropy, expected))
+        if self._likelihood is not None and self._waiting is not None:
+            moments = _Waiting(self._likelihood, self._waiting, self._mean, self._sum_sq_dev)
+        elif self._likelihood is not None:
+            moments = _likelihood_moments(
+                self._likelihood,
+                self._count,
+                self._mean,
+                self._sum_sq_dev,
+                self._aleatoric,
+                self._entropy,
+                self._like.dtype,
             )
         samples = None
         if self._kept is not None:
@@ -204,5 +242,53 @@ def normal_predictive(mean: Tensor, variance: Tensor, likelihood: Gaussian | Non
     return Predictive(mean, variance, None, moments)
 
 
+def _likelihood_moments(
+    likelihood: Likelihood,
+    count: int,
+    mean: Tensor,
+    sum_sq_dev: Tensor,
+    aleatoric: Tensor,
+    entropy: Tensor,
+    dtype: torch.dtype,
+) -> _LikelihoodMoments:
+    """From sums over `count` samples; `dtype` is the predictions'."""
+    aleatoric = aleatoric / count
+    # Biased on purpose: the mixture of these samples has exactly this variance, and for
+    # probabilities it adds up to mean · (1 − mean).
+    total = aleatoric + sum_sq_dev / count
+    mixture = likelihood.predictive_entropy(mean, total)
+    # One sample is its own mixture: no rounding between two ways to its entropy.
+    expected = mixture if count == 1 else entropy / count
+    return _LikelihoodMoments(*(_narrow(x, dtype) for x in (aleatoric, total, mixture, expected)))
+
+
+def _sums(likelihood: Likelihood, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Aleatoric variance and entropy of outputs `[samples, batch, *out]`, summed over samples."""
+    aleatoric = _at_least_float32(_each(likelihood.aleatoric, outputs)).sum(0)
+    return aleatoric, _at_least_float32(_each(likelihood.entropy, outputs)).sum(0)
+
+
+def _each(method: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
+    """A likelihood's method on every sample: likelihoods take one axis of data."""
+    return method(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
+
+
+def _may_wait(likelihood: Likelihood, outputs: Tensor) -> bool:
+    """Whether the likelihood will say the same later, and the outputs are small enough to keep."""
+    return (
+        outputs.numel() <= _MOST_WAITING
+        and outputs.dtype in (torch.float32, torch.float64)
+        and is_dataclass(likelihood)
+        and likelihood.__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]
+        and all(isinstance(value, int | float | str | None) for value in vars(likelihood).values())
+    )
+
+
+def _narrow(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    return wide.to(dtype) if dtype.is_floating_point else wide
+
+
 def _at_least_float32(x: Tensor) -> Tensor:
+    if x.dtype in (torch.float32, torch.float64):
+        return x
     return x.to(torch.promote_types(x.dtype, torch.float32))

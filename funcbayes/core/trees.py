@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from funcbayes.core import workers
+
 TensorTree = Any
 """A pytree whose leaves are tensors. An alias for readers: torch has no type for it."""
 
@@ -303,7 +305,7 @@ def check_finite(tree: TensorTree, *, name: str) -> None:
     Raises:
         ValueError: a leaf does; the message names it.
     """
-    if all(map(is_finite, tensor_leaves(tree))):
+    if all(workers.each(is_finite, tensor_leaves(tree))):
         return
     for path, leaf in leaves_with_names(tree):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():

@@ -7,16 +7,22 @@ operation; and what one piece touches stays in its core's cache.
 import itertools
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+T = TypeVar("T")
 
 # Below this many numbers a row, starting threads costs more than it saves.
 THREADS_FROM = 100_000
 # Pieces for each worker: more even out what the cores are given, and each costs a call.
 _PIECES = 2
+# From this many numbers on, torch shares an operation among its threads.
+_SHARED_FROM = 32768
 
 _worker = threading.local()
 _lock = threading.Lock()
@@ -52,21 +58,52 @@ def over_rows(
     if device.type != "cpu" or min(workers, num_rows) == 1 or row_size < THREADS_FROM or inside():
         work(0, num_rows)
         return
-    # Modes are a thread's own, and inference tensors can be written to in that mode only.
-    inference = torch.is_inference_mode_enabled()
-
-    def piece(start: int, stop: int) -> None:
-        with torch.inference_mode(inference), torch.no_grad():
-            work(start, stop)
-
     pieces = min(num_rows, _PIECES * workers)
     bounds = [num_rows * i // pieces for i in range(pieces + 1)]
-    threads = pool()
-    waiting = [threads.submit(piece, a, b) for a, b in itertools.pairwise(bounds)]
-    errors = [future.exception() for future in waiting]
-    for error in errors:
+    _results([submit(work, a, b) for a, b in itertools.pairwise(bounds)])
+
+
+def each(work: Callable[[Tensor], T], tensors: Sequence[Tensor]) -> list[T]:
+    """`[work(t) for t in tensors]`, one at a time in each worker.
+
+    In the place of operations that torch shares among its threads: those wait for more of the
+    same, for about eight milliseconds on the cores that the workers would need.
+    """
+    shared = any(t.numel() > _SHARED_FROM and t.device.type == "cpu" for t in tensors)
+    if not shared or torch.get_num_threads() == 1 or inside():
+        return [work(t) for t in tensors]
+    return _results([submit(work, t) for t in tensors])
+
+
+def alone(work: Callable[[], T], like: Iterable[Tensor]) -> T:
+    """`work()`, in one worker where it computes with tensors as large as `like`; see `each`."""
+    largest = max(like, key=torch.Tensor.numel, default=None)
+    return work() if largest is None else each(lambda _: work(), [largest])[0]
+
+
+def submit(work: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Has a worker call `work(*arguments)` under this thread's modes, and without gradients."""
+    # Modes are a thread's own, and inference tensors can be written to in that mode only.
+    inference = torch.is_inference_mode_enabled()
+    autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    def call() -> T:
+        with (
+            torch.inference_mode(inference),
+            torch.no_grad(),
+            torch.autocast("cpu", dtype=dtype, enabled=autocast),
+        ):
+            return work(*arguments)
+
+    return pool().submit(call)
+
+
+def _results(waiting: Sequence[Future[T]]) -> list[T]:
+    """What the calls returned, or the first error, when all of them have come to an end."""
+    for error in [future.exception() for future in waiting]:
         if error is not None:
             raise error
+    return [future.result() for future in waiting]
 
 
 @lru_cache(maxsize=4)

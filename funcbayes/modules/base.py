@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from funcbayes import prediction
-from funcbayes.core import trees
+from funcbayes.core import trees, workers
 from funcbayes.core.model import Model
 from funcbayes.core.random import Key, KeyLike
 from funcbayes.modules import common
@@ -201,7 +201,7 @@ class SamplingMethod(BaseBayesianMethod):
             NotFittedError: the method has not seen any data yet.
             ValueError: an argument is out of range.
         """
-        model, posterior = self._posterior()
+        model, posterior = workers.alone(self._posterior, self.parameters())
         return self._predict(
             model,
             posterior,

@@ -69,7 +69,7 @@ def all_samples(model: Model, draws: Draws, x: Any) -> Any:
 
 
 def _recorded(model: Model, draws: Draws, x: Any) -> Any:
-    """What `all_samples` gives, from the second call with one format by a recording."""
+    """What `all_samples` gives; from the third pass of a form on by a recording."""
     inputs = recording.inputs_of(model, draws, x)
     if inputs is None:
         return all_samples(model, draws, x)
@@ -77,12 +77,13 @@ def _recorded(model: Model, draws: Draws, x: Any) -> Any:
     found = scratch.recordings.get(key, _UNSEEN)
     if found is _UNSEEN:
         scratch.remember(scratch.recordings, key, _SEEN)
-        return all_samples(model, draws, x)
-    if found is _SEEN:
+    elif found is _SEEN:
         outputs, made = recording.record(lambda: all_samples(model, draws, x), inputs)
         scratch.remember(scratch.recordings, key, made)
         return outputs
-    return all_samples(model, draws, x) if found is None else found(inputs)
+    elif found is not None:
+        return found(inputs)
+    return all_samples(model, draws, x)
 
 
 def _forward(
@@ -137,7 +138,7 @@ def evaluate(
         start: number of the first sample.
         stop: one past the number of the last one.
         batched: whether they run in one batched pass; otherwise there is one sample.
-        small: whether calls take longer than what they compute, so that a recording pays.
+        small: whether a batched pass takes so little that a recording of it pays.
     """
     with _kept_buffer(model, posterior, stop - start) as rows:
         draws = posterior.draw(key, start, stop, rows)
@@ -213,6 +214,22 @@ def in_turn(
         yield outputs
 
 
+def in_worker(work: Callable[..., Any], *arguments: Any) -> Any:
+    """`work(*arguments)` in one worker: for small work between passes in threads.
+
+    torch shares some operations, softmax among them, however small they are, and the threads
+    that had a part wait for more on the cores that the workers need.
+    """
+    if _bound_to_this_thread():
+        return work(*arguments)
+    return workers.submit(work, *arguments).result()
+
+
+def _bound_to_this_thread() -> bool:
+    # A mode of the caller's is its own thread's.
+    return workers.inside() or torch._C._len_torch_function_stack() > 0
+
+
 def in_threads(
     run: Callable[[int, int], Any], start: int, stop: int, chunk_size: int
 ) -> Iterator[Any]:
@@ -221,27 +238,18 @@ def in_threads(
     Each worker keeps its samples in its own core's cache, which one call for all samples does
     not.
     """
-    if workers.inside() or torch._C._len_torch_function_stack() > 0:
-        # A mode of the caller's is its own thread's.
+    if _bound_to_this_thread():
         yield from in_turn(run, start, stop, chunk_size)
         return
-    inference = torch.is_inference_mode_enabled()
-    autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
     def work(a: int, b: int) -> Any:
-        # Modes are a thread's own: carry the caller's over.
-        with (
-            torch.inference_mode(inference),
-            torch.no_grad(),
-            torch.autocast("cpu", dtype=dtype, enabled=autocast),
-        ):
-            return trees.concatenate(list(in_turn(run, a, b, b - a)))
+        return trees.concatenate(list(in_turn(run, a, b, b - a)))
 
-    pool, at_once = workers.pool(), 2 * torch.get_num_threads()
+    at_once = 2 * torch.get_num_threads()
     waiting: list[Future[Any]] = []
     try:
         for a in range(start, stop, chunk_size):
-            waiting.append(pool.submit(work, a, min(a + chunk_size, stop)))
+            waiting.append(workers.submit(work, a, min(a + chunk_size, stop)))
             # A bounded queue, so that outputs do not pile up before they are merged.
             if len(waiting) > at_once:
                 yield waiting.pop(0).result()

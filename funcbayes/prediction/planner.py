@@ -235,10 +235,11 @@ _REASONS = {
 _UNBATCHABLE = "vmap cannot batch this model"
 
 
-def calls_dominate(plan: Plan) -> bool:
-    """Whether Python takes longer over a pass than the cores do."""
+def calls_matter(plan: Plan) -> bool:
+    """Whether Python takes more than a tenth of what the cores take for a pass."""
     one = plan.profile
-    return _PASS + _KERNEL * one.kernels > one.shared + plan.chunk_size * one.sampled * _BATCHED
+    computed = one.shared + plan.chunk_size * one.sampled * _BATCHED
+    return 10 * (_PASS + _KERNEL * one.kernels) > computed
 
 
 def memory_budget(device: torch.device) -> int:

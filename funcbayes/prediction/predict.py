@@ -109,8 +109,11 @@ def predict(
     model, posterior = _in_space(noise, model, posterior, x, approximate=approximate)
     run = _Run(model, posterior, parent, x, num, chunk_size, memory_budget)
     moments = RunningMoments(likelihood, transform, keep_samples=return_samples)
-    for outputs in run.outputs(strategy):
-        moments.add(outputs)
+    for outputs, threads in run.outputs(strategy):
+        if threads > 1 and _bytes(outputs) < _GROUP_BYTES:
+            forward.in_worker(moments.add, outputs)
+        else:
+            moments.add(outputs)
     return moments.result()
 
 
@@ -180,7 +183,7 @@ class _UnbatchableError(Exception):
 
 
 class _Run(NamedTuple):
-    """One call's arguments; `outputs` gives them in chunks with a leading sample axis."""
+    """One call's arguments."""
 
     model: Model
     posterior: Any
@@ -190,11 +193,12 @@ class _Run(NamedTuple):
     chunk_size: int | None
     memory_budget: int | None
 
-    def outputs(self, strategy: str) -> Iterator[Any]:
+    def outputs(self, strategy: str) -> Iterator[tuple[Any, int]]:
+        """Outputs in chunks with a leading sample axis, and how many threads made them."""
         done = 0
         first, profile = self.profile()
         if first is not None:
-            yield _with_sample_axis(first)
+            yield _with_sample_axis(first), 1
             done = 1
         if isinstance(self.posterior, DropoutMasks) and not profile.stochastic:
             warnings.warn(
@@ -207,7 +211,7 @@ class _Run(NamedTuple):
             plan = self.plan(strategy, profile, self.num - done)
             try:
                 for outputs in self._by(plan, done):
-                    yield outputs
+                    yield outputs, plan.threads
                     done += trees.leading_size(outputs)
             except _UnbatchableError as error:
                 if strategy != "auto":
@@ -264,7 +268,7 @@ class _Run(NamedTuple):
     def _by(self, plan: planner.Plan, done: int) -> Iterator[Any]:
         x = _channels_last(self.x) if plan.channels_last else self.x
         batched = plan.strategy == "vmap" or plan.chunk_size > 1
-        small = batched and planner.calls_dominate(plan)
+        small = batched and planner.calls_matter(plan)
 
         def run(start: int, stop: int) -> Any:
             try:

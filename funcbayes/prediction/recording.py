@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from funcbayes.core import trees
 from funcbayes.core.model import Model
@@ -110,10 +111,10 @@ class _Tape(TorchDispatchMode):
         super().__init__()
         self.sound = True
         self._graph = fx.Graph()
-        # The tensors are kept, so that their addresses stay their own.
-        self._nodes: dict[int, tuple[Tensor, fx.Node]] = {}
+        # Weak, so that a recorded pass takes no more memory than another.
+        self._nodes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         for i, leaf in enumerate(inputs):
-            self._nodes[id(leaf)] = leaf, self._graph.placeholder(f"input_{i}")
+            self._nodes[leaf] = self._graph.placeholder(f"input_{i}")
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -143,31 +144,28 @@ class _Tape(TorchDispatchMode):
             self.sound = False
             return
         if func in _VIEWS and _same_view(args[0], result):
-            self._nodes[id(result)] = result, self._node(args[0])
+            self._nodes[result] = self._node(args[0])
             return
         noted = trees.tensor_map(self._node, (args, kwargs))
         if not self.sound:
             return
         node = self._graph.call_function(func, *noted)
         if isinstance(result, Tensor):
-            self._nodes[id(result)] = result, node
+            self._nodes[result] = node
             return
         if not isinstance(result, tuple | list):
             self.sound = False
             return
         for i, part in enumerate(result):
             if isinstance(part, Tensor):
-                item = self._graph.call_function(_item, (node, i))
-                self._nodes[id(part)] = part, item
+                self._nodes[part] = self._graph.call_function(_item, (node, i))
             elif part is not None:
                 self.sound = False
 
     def _node(self, leaf: Any) -> Any:
-        known = self._nodes.get(id(leaf))
-        if known is None:
-            self.sound = False
-            return None
-        return known[1]
+        known = self._nodes.get(leaf)
+        self.sound = self.sound and known is not None
+        return known
 
 
 class _Watch(TorchFunctionMode):

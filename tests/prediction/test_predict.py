@@ -136,7 +136,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(case, monkeypatch):
         return whole(model, draws, x)
 
     monkeypatch.setattr(forward, "all_samples", small_machine)
-    monkeypatch.setattr(planner, "calls_dominate", lambda plan: False)  # nothing is recorded
+    monkeypatch.setattr(planner, "calls_matter", lambda plan: False)  # nothing is recorded
     found = fb.predict(model, posterior, x, key=0, num_samples=16, strategy="vmap")
     assert sizes == [16, 8, 4, 4, 4, 4]
     torch.testing.assert_close(found.variance, expected.variance)

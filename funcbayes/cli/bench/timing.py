@@ -1,11 +1,15 @@
 """Times several ways of doing one thing, in turn, in one process."""
 
 import gc
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.benchmark import timer
+
+# Seconds: GNU's OpenMP lets its threads spin for about eight milliseconds.
+_REST = 0.01
 
 
 class Spread(NamedTuple):
@@ -73,6 +77,9 @@ def in_turn(
     are compared within a round, never run by run. Each round begins with another side, so
     that no side always finds the caches that the same neighbour left.
 
+    After every call the cores come to rest: torch's threads go on waiting for work, at full
+    speed, for some milliseconds that would be the next side's.
+
     Args:
         sides: what to call. A side that raises is reported in `failures` and left out.
         budget: seconds to spend after the warm-up, which is two calls of each side (one
@@ -118,6 +125,7 @@ def in_turn(
                 if name in resting:
                     seconds[name].append(float("nan"))
                     continue
+                _rest()
                 start = timer()
                 sides[name]()
                 seconds[name].append(timer() - start)
@@ -126,6 +134,13 @@ def in_turn(
         if was_enabled:
             gc.enable()
     return Timings(seconds, failures, outputs)
+
+
+def _rest() -> None:
+    # Not by sleep, after which this core would have to wake up.
+    until = time.perf_counter() + _REST
+    while time.perf_counter() < until:
+        pass
 
 
 def one_line(error: Exception) -> str:

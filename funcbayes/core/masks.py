@@ -65,6 +65,7 @@ class KeyedDropout(uses.Interpreter):
         self.always = always
         self.on_draw = on_draw
         self._streams: dict[torch.device, list[random.Stream]] = {}
+        self._traced: dict[torch.device, list[int]] = {}
         super().__init__(self._all_rules())
 
     def _all_rules(self) -> dict[Callable[..., Any], uses.Rule]:
@@ -197,9 +198,14 @@ class KeyedDropout(uses.Interpreter):
         return keep.index_select(0, self.index.reshape(1)).view(shape), threshold
 
     def _bits(self, words: int, device: torch.device) -> Tensor:
+        keys = self.keys if self.index is not None else self.keys[:1]
+        if torch.compiler.is_compiling():
+            before = self._traced.setdefault(device, [])
+            rows = random.word_rows(keys, before, words, device)
+            before.append(words)
+            return rows
         streams = self._streams.get(device)
         if streams is None:
-            keys = self.keys if self.index is not None else self.keys[:1]
             streams = self._streams[device] = [random.Stream(key, device) for key in keys]
         rows = random.memory((len(streams), words), torch.int64, device)
 

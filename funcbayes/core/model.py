@@ -216,6 +216,8 @@ class _ModuleModel(Model):
         self._train_flags = (
             {name: m.training for name, m in net.named_modules()} if net.training else None
         )
+        self._training_template = _structural_copy(self._template)
+        self._set_training(self._training_template)
 
     def apply(self, params: TensorTree, x: Any, constants: Constants | None = None) -> Any:
         return self._call(params, x, constants, training=False)[0]
@@ -231,8 +233,8 @@ class _ModuleModel(Model):
     ) -> tuple[Any, dict[str, Tensor]]:
         """The outputs, and the tensors that they were computed with."""
         tensors = self._tensors(params, constants, training=training)
-        if torch.compiler.is_compiling() and not training:
-            return self._traced(tensors, x), tensors
+        if torch.compiler.is_compiling():
+            return self._traced(tensors, x, training=training), tensors
         writes = self._writes_inputs.get(training)
         if writes is not False:
             x = tensor_map(torch.clone, x)
@@ -249,15 +251,16 @@ class _ModuleModel(Model):
             self._writes_inputs[training] = moved
         return outputs, tensors
 
-    def _traced(self, tensors: dict[str, Tensor], x: Any) -> Any:
+    def _traced(self, tensors: dict[str, Tensor], x: Any, *, training: bool) -> Any:
         """The outputs, for `torch.compile`: without the bookkeeping, which cannot be traced.
 
         What a network writes to its inputs is known from a call that was not compiled; until
         then it gets copies.
         """
-        if self._writes_inputs.get(False) is not False:
+        if self._writes_inputs.get(training) is not False:
             x = tensor_map(torch.clone, x)
-        return functional_call(self._template, tensors, _arguments(x), tie_weights=self._tied)
+        template = self._training_template if training else self._template
+        return functional_call(template, tensors, _arguments(x), tie_weights=self._tied)
 
     @contextmanager
     def _watched(self, tensors: dict[str, Tensor], *, training: bool) -> Iterator[None]:

@@ -362,6 +362,8 @@ def normal_rows(
     shape = (stop - start, num)
     if out is None:
         dtype, device = dtype or torch.get_default_dtype(), torch.device(device or "cpu")
+        if torch.compiler.is_compiling():
+            return _normal_rows(_words_of(parent), size, *(start, stop, num, dtype, device))
     elif out.shape == shape:
         dtype, device = out.dtype, out.device
     else:
@@ -387,6 +389,83 @@ def normal_rows(
     if out is None:
         return tensor(rows).to(dtype)
     return out if drawn == dtype else out.copy_(tensor(rows))
+
+
+def _words_of(key: Key) -> list[int]:
+    """A key as integers that a graph can hold: four words of entropy, then the path."""
+    entropy = [key.entropy // _WORD**i % _WORD for i in range(4)]
+    return [*entropy, *key.path]
+
+
+def _key_of(words: Sequence[int]) -> Key:
+    return Key(sum(word * _WORD**i for i, word in enumerate(words[:4])), tuple(words[4:]))
+
+
+@torch.library.custom_op("funcbayes::normal_rows", mutates_args=())
+def _normal_rows(
+    words: Sequence[int],
+    size: int,
+    start: int,
+    stop: int,
+    num: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """`normal_rows` as one node of a compiled graph, which cannot look into NumPy."""
+    key = _key_of(words)
+    rows_key = key if size == 1 else Coupled(key, size)
+    return normal_rows(rows_key, start, stop, num, dtype=dtype, device=device)
+
+
+@_normal_rows.register_fake
+def _(
+    words: Sequence[int],
+    size: int,
+    start: int,
+    stop: int,
+    num: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    return torch.empty(stop - start, num, dtype=dtype, device=device)
+
+
+def word_rows(keys: Sequence[Key], before: Sequence[int], num: int, device: torch.device) -> Tensor:
+    """What streams of several keys give in a later call to `words`, as one node of a graph.
+
+    Args:
+        keys: whose streams; their paths have one length.
+        before: how many words each of the earlier calls took.
+        num: words in this call.
+        device: where the streams are.
+
+    Returns:
+        int64 `[keys, num]`.
+    """
+    return _word_rows(
+        [word for key in keys for word in _words_of(key)], len(keys), before, num, device
+    )
+
+
+@torch.library.custom_op("funcbayes::word_rows", mutates_args=())
+def _word_rows(
+    words: Sequence[int], num_keys: int, before: Sequence[int], num: int, device: torch.device
+) -> Tensor:
+    rows = memory((num_keys, num), torch.int64, device)
+    width = len(words) // num_keys
+    for i, row in enumerate(rows):
+        stream = Stream(_key_of(words[i * width : (i + 1) * width]), device)
+        for earlier in before:
+            stream.words(memory((earlier,), torch.int64, device))
+        stream.words(row)
+    return tensor(rows)
+
+
+@_word_rows.register_fake
+def _(
+    words: Sequence[int], num_keys: int, before: Sequence[int], num: int, device: torch.device
+) -> Tensor:
+    return torch.empty(num_keys, num, dtype=torch.int64, device=device)
 
 
 def _couple(first: Any, out: Any, member: int) -> None:

@@ -6,6 +6,7 @@ Source:
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -278,8 +279,10 @@ def _losses(
             return model.apply_train(params, own[0] if own else inputs, constants)
 
     stacks = (state.params, state.constants, index, *((inputs,) if per_member else ()))
-    with seeded(key, index.device):
-        outputs, buffers = map_samples(member, *stacks, keyed=True, quiet=quiet)
+    # A compiled graph cannot seed generators: there, vmap refuses a network that draws from them.
+    keyed = not torch.compiler.is_compiling()
+    with seeded(key, index.device) if keyed else nullcontext():
+        outputs, buffers = map_samples(member, *stacks, keyed=keyed, quiet=quiet)
     for i in range(num_members if per_member else 1):
         likelihood.check(trees.index(outputs, i), targets[i] if per_member else targets)
     in_dims = (0, 0 if per_member else None)

@@ -26,6 +26,8 @@ from benchmarks.plans import (
     Plan,
     Side,
 )
+from benchmarks.precision import plan_precision
+from benchmarks.variational import plan_vi_step
 from funcbayes.cli.bench.agreement import moments, moments_difference, prediction_difference
 
 NUM_SAMPLES = 20
@@ -418,6 +420,24 @@ def all_cells() -> list[Cell]:
             )
     for num in (1, 16, 128, 1024):
         cells.append(Cell(f"predict/vi/mlp/N={num}", partial(plan_vi, num), seconds=8))
+    for num in (16, 128):
+        cells.append(
+            Cell(
+                f"vi-step/mlp/N={num}",
+                partial(plan_vi_step, num),
+                seconds=8,
+                memory=(BASELINE, FUNCTION, "posteriors") if num == 128 else (),
+            )
+        )
+    for model_name in ("mlp", "lenet", "resnet-w16", "transformer"):
+        cells.append(
+            Cell(
+                f"precision/{model_name}/N=128",
+                partial(plan_precision, model_name, 128, NUM_SAMPLES),
+                seconds=10,
+                in_quick=model_name == "mlp",
+            )
+        )
     for model_name in ("mlp", "lenet", "resnet-w16", "transformer", "resnet-w64"):
         cells.append(
             Cell(

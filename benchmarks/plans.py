@@ -15,9 +15,13 @@ DECOMPOSED = "with eigenvalues"
 STEP = "step"
 ACTIVATION = "activation"
 STRATEGIES = ("vmap", "loop", "threads")
+# The first is the baseline of the others: what arithmetic of another width costs and gains.
+FORMATS = ("float32", "bfloat16", "float16", "float64")
 # The sides that are ours: they must run and agree with the baseline. The last stands for
 # all of a cell's where it could not even be built.
-OURS = (CLASS, AUTO, FUNCTION, DECOMPOSED, STEP, ACTIVATION, *STRATEGIES, "funcbayes")
+OURS = (CLASS, AUTO, FUNCTION, DECOMPOSED, STEP, ACTIVATION, *STRATEGIES, *FORMATS, "funcbayes")
+# The ways that only somebody who asks for them gets: they may be slow.
+BY_NAME = (*STRATEGIES, *FORMATS)
 # What a user of the functions gets who asks for nothing; a cell has one of them.
 DEFAULTS = (AUTO, FUNCTION, STEP)
 # The baseline where the original classes lack the job.
@@ -50,6 +54,7 @@ class Plan:
         secondary: sides that may be timed in fewer rounds.
         rivals: other libraries, the fastest of which is a second thing to compare with.
         work: what the job cannot do without, where that is known.
+        error: takes what a side returned to its errors by name, where the exact result is known.
     """
 
     baseline: str | None = BASELINE
@@ -59,6 +64,7 @@ class Plan:
     secondary: tuple[str, ...] = ()
     rivals: tuple[str, ...] = ()
     work: Work | None = None
+    error: Callable[[Any], dict[str, float]] | None = None
 
     def add_peer(self, name: str, module: str, make: Callable[[Any], Side]) -> None:
         """Adds a side of another library, or the reason why there is none."""

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import limits, plots
 from benchmarks.cells import NUM_SAMPLES
 from benchmarks.peers import BASELINE
-from benchmarks.plans import CLASS, DEFAULTS, OURS
+from benchmarks.plans import BY_NAME, CLASS, DEFAULTS, OURS
 from benchmarks.running import ROOT, failures, unchecked
 from funcbayes.cli.bench.running import environment as machine
 
@@ -26,6 +26,8 @@ PEERS = (
 TITLES = {
     "predict": f"Prediction with sampled weights, {NUM_SAMPLES} samples",
     "kronecker": f"Samples of a Kronecker-factored Laplace posterior, {NUM_SAMPLES} samples",
+    "precision": f"Formats: {NUM_SAMPLES} samples, and the largest errors against float64",
+    "vi-step": "Variational inference: one step of Adam on the loss of 5 draws",
     "swag-update": "SWAG: one iterate taken into the moments",
     "dropout": f"Monte Carlo dropout, {NUM_SAMPLES} samples",
     "fisher": "Diagonal empirical Fisher of one batch",
@@ -210,8 +212,7 @@ def _losses(cells: list[dict[str, Any]]) -> list[str]:
         f"- {cell['name']}, {name}: {side['ratio']['median']:.2f}"
         for cell in cells
         for name, side in cell["sides"].items()
-        # A strategy that someone must ask for by name may be slow; what is chosen may not.
-        if name in OURS and name not in ("vmap", "loop", "threads")
+        if name in OURS and name not in BY_NAME
         if side.get("ratio") and side["ratio"]["median"] < 1
     ]
     rivals = [
@@ -287,4 +288,6 @@ def _entry(side: dict[str, Any] | None) -> str:
     if side["ratio"]:
         r = side["ratio"]
         text = f"{r['median']:.2f} [{r['q1']:.2f}–{r['q3']:.2f}] · {text}"
+    for name, error in side.get("error", {}).items():
+        text += f" · {name} {error:.1g} off"
     return text + (" (disagrees)" if "disagrees" in side else "")

@@ -21,7 +21,8 @@ def run(cell: Cell, *, quick: bool = False, toy: bool = False) -> dict[str, Any]
         `name`, `baseline`, `work` (operations and bytes, or None), `goals` and `sides`: for each
         `seconds` and `ratio` (to the baseline; above 1 is faster), both with median, quartiles
         and number of rounds, and the `floor` of the ratio; `rival` (for ours: the fastest other
-        library, the ratio to it, and its floor); or, for a side that was not timed, `absent`.
+        library, the ratio to it, and its floor); `error` by name, where the exact
+        result is known; or, for a side that was not timed, `absent`.
         `disagrees` says where a side computed something else than the baseline.
     """
     try:
@@ -64,6 +65,8 @@ def _side(cell: Cell, plan: Plan, timings: Timings, name: str) -> dict[str, Any]
     if plan.baseline in timings.seconds and name != plan.baseline:
         side["ratio"] = timings.ratio(name, plan.baseline).as_data()
         side["floor"] = floor_of(cell.name, name)
+    if plan.error is not None:
+        side["error"] = {k: float(f"{v:.2g}") for k, v in plan.error(timings.outputs[name]).items()}
     reference = plan.baseline if plan.baseline in timings.outputs else FUNCTION
     complaint = _complaint(plan, timings, name, reference)
     if complaint:

@@ -240,29 +240,27 @@ def batchable() -> Interpreter:
     interpreter's mere presence also switches off the transformer layer's fused kernel. A
     recurrent layer on a mapped tensor is an error at once: torch would loop over its kernel
     with a warning, or fail later.
+
+    Linear maps whose weights are mapped take flat inputs: torch would copy the weight for every
+    position of a longer input. They are written such that the weights' gradients come in the
+    weights' own memory format: torch's come transposed, and to sum those over the samples takes
+    forty times as long.
     """
-    rules: dict[Callable[..., Any], Rule] = {
-        F.scaled_dot_product_attention: attention,
-        F.multi_head_attention_forward: multi_head_attention,
-    }
+    rules: dict[Callable[..., Any], Rule] = {F.scaled_dot_product_attention: attention}
     for func in RECURRENT:
         rules[func] = unless_mapped(func)
-    return Interpreter(rules)
-
-
-def batchable_weights() -> Interpreter:
-    """What `batchable` does, and linear maps whose weights are mapped take flat inputs.
-
-    Of a weight that differs from sample to sample torch would make a copy for every position of
-    a longer input.
-    """
-    interpreter = batchable()
+    interpreter = Interpreter(rules)
 
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if input.dim() < 3 or not trees.in_transform(weight):
+        if input.dim() < 2 or not trees.in_transform(weight):
             return F.linear(input, weight, bias)
-        flat = F.linear(input.reshape(-1, input.shape[-1]), weight, bias)
-        return flat.view(*input.shape[:-1], weight.shape[0])
+        flat = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+        if torch.is_grad_enabled():
+            output = (weight @ flat.mT).mT
+            output = output if bias is None else output + bias
+        else:
+            output = F.linear(flat, weight, bias)
+        return output if input.dim() == 2 else output.reshape(*input.shape[:-1], weight.shape[0])
 
     def multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         with interpreter:

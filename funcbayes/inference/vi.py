@@ -319,7 +319,9 @@ def _negative_elbo(
     likelihood.check(trees.index(outputs, 0), targets)
     losses = torch.vmap(lambda f: likelihood.nll(f, targets))(outputs)
     nll = losses.mean()
-    kl = kl_divergence(state, prior_std=prior_std, prior_mean=prior_mean)
+    # Without weight it has no gradient either: half of its time.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and kl_weight > 0):
+        kl = kl_divergence(state, prior_std=prior_std, prior_mean=prior_mean)
     loss = nll + (kl_weight / num_data) * kl.to(nll.device)
     return loss, ViInfo(loss.detach(), nll.detach(), kl.detach())
 

@@ -64,7 +64,7 @@ def all_samples(model: Model, draws: Draws, x: Any) -> Any:
     # Masks are drawn inside, from generators of their own: "same" lets that pass.
     randomness = "error" if draws.masks is None else "same"
     # Where masks are drawn, their interpreter does what `batchable` does.
-    with uses.batchable_weights() if draws.masks is None else nullcontext():
+    with uses.batchable() if draws.masks is None else nullcontext():
         return vmap(one, in_dims=axes, randomness=randomness)(*arguments)
 
 

@@ -26,9 +26,9 @@ from funcbayes.core import workers
 # Paths are words behind a tag, so that no chain of splits and folds spells another's path.
 _SPLIT, _FOLD = 0, 1
 _WORD = 2**32
-# What the Box–Muller transform takes at a time, so that its steps find their numbers in cache:
-# smaller blocks spend the time in calls.
-_BLOCK_BYTES = 2**19
+# The most that the Box–Muller transform takes at a time: in larger blocks its steps leave the
+# cache, in smaller ones threads wait for each other's calls.
+_BLOCK_BYTES = 2**20
 # The words of random bits, unsigned and signed, that a floating number is made of.
 _WORDS: dict[Any, tuple[Any, Any]] = {
     np.float32: (np.uint32, np.int32),
@@ -211,13 +211,14 @@ class Stream:
         real, size = out.dtype.type, out.itemsize
         turn = real(math.pi / 2 ** (8 * size - 1))
         unit, half = real(0.5 ** (8 * size)), real(0.5)
-        block = _BLOCK_BYTES // size
-        for start in range(0, len(out), block):
-            part = out[start : start + block]
+        blocks = -(-out.nbytes // _BLOCK_BYTES)
+        for i in range(blocks):
+            part = out[len(out) * i // blocks : len(out) * (i + 1) // blocks]
             pairs = -(-len(part) // 2)
             words = self._words(-(-2 * pairs * size // 8)).view(unsigned)
-            # (w + ½)/2³²: never 0, and near 0 as fine as the bits are.
-            radius = words[:pairs].astype(real)
+            # (w + ½)/2³²: never 0, and near 0 as fine as the bits are. In the words' own memory.
+            radius = words[:pairs].view(real)
+            np.copyto(radius, words[:pairs], casting="unsafe")
             radius += half
             radius *= unit
             np.log(radius, out=radius)

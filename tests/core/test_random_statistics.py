@@ -14,18 +14,18 @@ from scipy import stats
 
 from funcbayes.core import random, workers
 
-ROWS, LENGTH = 20, 400_000
 FALSE_ALARM = 1e-6
 # Lags at which the transform's structure would show: neighbours, the halves of a block, which
-# share their radii, and whole blocks.
+# share their radii, and whole blocks; in float64 a block has half as many numbers.
 BLOCK = random._BLOCK_BYTES // 4
-LAGS = [*range(1, 9), BLOCK // 2 - 1, BLOCK // 2, BLOCK // 2 + 1, BLOCK]
+LAGS = [*range(1, 9), BLOCK // 4, BLOCK // 2 - 1, BLOCK // 2, BLOCK // 2 + 1, BLOCK]
+ROWS, LENGTH = 20, 3 * BLOCK
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["32", "64"])
 def rows(request):
-    """More than a block in each row, drawn in threads, in float64."""
-    assert LENGTH > 3 * BLOCK > workers.THREADS_FROM
+    """Several whole blocks in each row, drawn in threads, in float64."""
+    assert LENGTH > workers.THREADS_FROM
     return random.normal_rows(2024, 0, ROWS, LENGTH, dtype=request.param).double().numpy()
 
 

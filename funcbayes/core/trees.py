@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from funcbayes.core import workers
-
 TensorTree = Any
 """A pytree whose leaves are tensors. An alias for readers: torch has no type for it."""
 
@@ -23,7 +21,7 @@ def tree_map(f: Callable[..., Any], tree: TensorTree, *rest: TensorTree) -> Tens
     # A tenth of the time, for the commonest trees.
     if isinstance(tree, Tensor):
         return f(tree, *rest)
-    if _is_flat(tree) and all(type(r) is dict and list(r) == list(tree) for r in rest):
+    if _is_flat(tree) and all(_same_keys(r, tree) for r in rest):
         return {name: f(leaf, *[r[name] for r in rest]) for name, leaf in tree.items()}
     return pytree.tree_map(f, tree, *rest)
 
@@ -56,6 +54,11 @@ def tensor_leaves(tree: Any) -> list[Tensor]:
 def _is_flat(tree: Any) -> bool:
     """Whether the tree is one dict of tensors."""
     return type(tree) is dict and all(isinstance(leaf, Tensor) for leaf in tree.values())
+
+
+def _same_keys(tree: TensorTree, flat: TensorTree) -> bool:
+    """Whether a tree is a dict with the keys of a flat one, in their order."""
+    return _is_flat(flat) and type(tree) is dict and list(tree) == list(flat)
 
 
 def leaves_with_names(tree: TensorTree) -> list[tuple[str, Any]]:
@@ -244,13 +247,12 @@ def check_like(tree: TensorTree, like: TensorTree, *, name: str, batch_dims: int
     Raises:
         ValueError: structure or a leaf shape differs; the message names the leaf.
     """
-    flat, structure = pytree.tree_flatten(tree)
-    wanted_flat, wanted_structure = pytree.tree_flatten(like)
-    if structure == wanted_structure and all(
+    flat = _same_keys(tree, like)
+    if (flat or same_structure(tree, like)) and all(
         isinstance(leaf, Tensor)
         and leaf.dim() >= batch_dims
         and leaf.shape[batch_dims:] == wanted.shape
-        for leaf, wanted in zip(flat, wanted_flat, strict=True)
+        for leaf, wanted in zip(tree.values() if flat else leaves(tree), leaves(like), strict=True)
     ):
         return
     # Something is wrong: find out what, now with names.
@@ -290,13 +292,19 @@ def _first(paths: Iterable[str], num: int = 5) -> str:
     return ", ".join(paths[:num]) + (", …" if len(paths) > num else "")
 
 
-def is_finite(leaf: Tensor) -> bool:
+def is_finite(tree: Any) -> bool:
     """Whether no entry is NaN or infinite; reads values, so not for use in a transform."""
-    if not leaf.is_floating_point():
+    found = [leaf.detach() for leaf in tensor_leaves(tree) if leaf.is_floating_point()]
+    if not found:
         return True
-    # One pass without temporaries: a sum is finite only if every term is; it may overflow.
-    leaf = leaf.detach()
-    return math.isfinite(leaf.sum()) or bool(torch.isfinite(leaf).all())
+    # One pass without temporaries, and on one core: threads that share a small operation go on
+    # waiting for more, for about eight milliseconds on the cores of those that work.
+    # A norm is finite only if every entry is; it may overflow.
+    norms = torch._foreach_norm(found)  # pyright: ignore[reportPrivateImportUsage]
+    if len({norm.device for norm in norms}) > 1:
+        norms = [norm.cpu() for norm in norms]
+    together = norms[0] if len(norms) == 1 else torch.stack(norms).sum()
+    return math.isfinite(together) or all(bool(torch.isfinite(leaf).all()) for leaf in found)
 
 
 def check_finite(tree: TensorTree, *, name: str) -> None:
@@ -305,7 +313,7 @@ def check_finite(tree: TensorTree, *, name: str) -> None:
     Raises:
         ValueError: a leaf does; the message names it.
     """
-    if all(workers.each(is_finite, tensor_leaves(tree))):
+    if is_finite(tree):
         return
     for path, leaf in leaves_with_names(tree):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():

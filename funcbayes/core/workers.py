@@ -63,22 +63,16 @@ def over_rows(
     _results([submit(work, a, b) for a, b in itertools.pairwise(bounds)])
 
 
-def each(work: Callable[[Tensor], T], tensors: Sequence[Tensor]) -> list[T]:
-    """`[work(t) for t in tensors]`, one at a time in each worker.
+def alone(work: Callable[[], T], like: Iterable[Tensor]) -> T:
+    """`work()`, in one worker where it computes with tensors as large as `like`.
 
     In the place of operations that torch shares among its threads: those wait for more of the
     same, for about eight milliseconds on the cores that the workers would need.
     """
-    shared = any(t.numel() > _SHARED_FROM and t.device.type == "cpu" for t in tensors)
+    shared = any(t.numel() > _SHARED_FROM and t.device.type == "cpu" for t in like)
     if not shared or torch.get_num_threads() == 1 or inside():
-        return [work(t) for t in tensors]
-    return _results([submit(work, t) for t in tensors])
-
-
-def alone(work: Callable[[], T], like: Iterable[Tensor]) -> T:
-    """`work()`, in one worker where it computes with tensors as large as `like`; see `each`."""
-    largest = max(like, key=torch.Tensor.numel, default=None)
-    return work() if largest is None else each(lambda _: work(), [largest])[0]
+        return work()
+    return submit(work).result()
 
 
 def submit(work: Callable[..., T], *arguments: Any) -> Future[T]:

@@ -814,7 +814,7 @@ def check_curvature(names: Sequence[str], numbers: Sequence[Tensor], likelihood:
     Raises:
         ValueError: a value is not finite; the message says what may be the reason.
     """
-    if all(map(trees.is_finite, numbers)):
+    if trees.is_finite(list(numbers)):
         return
     reason = (
         "does a gradient overflow, does the network take a root or a logarithm of 0, or do the"

@@ -4,6 +4,7 @@
 PYTHON ?= python3
 PYTEST_WORKERS ?= 2
 OUTPUT ?= results/digits
+DEVICE ?= cpu
 
 VENV := .venv
 BENCH_VENV := .venv-bench
@@ -60,11 +61,11 @@ test-peers: export FUNCBAYES_REQUIRE_PEERS := 1
 test-peers: $(BENCH_VENV)/.stamp-tests  ## agreement with other libraries
 	$(BENCH_VENV)/bin/python -m pytest tests/peers
 
-bench: $(BENCH_VENV)/.stamp  ## time funcbayes against plain loops and other libraries
-	$(BENCH_VENV)/bin/python -m benchmarks
+bench: $(BENCH_VENV)/.stamp  ## time funcbayes against plain loops and other libraries (DEVICE=cuda)
+	$(BENCH_VENV)/bin/python -m benchmarks --device $(DEVICE)
 
 bench-full: $(BENCH_VENV)/.stamp  ## the same, with more cells and how time grows with sizes
-	$(BENCH_VENV)/bin/python -m benchmarks --full
+	$(BENCH_VENV)/bin/python -m benchmarks --full --device $(DEVICE)
 
 lint: ruff pyright  ## ruff and pyright
 

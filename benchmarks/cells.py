@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import funcbayes as fb
-from benchmarks import models
 from benchmarks.curvature import plan_fisher, plan_ggn, plan_kfac, plan_linearized
 from benchmarks.limits import Work
+from benchmarks.models import Setting
 from benchmarks.peers import BASELINE
 from benchmarks.plans import (
     ACTIVATION,
@@ -39,11 +39,11 @@ Moments = tuple[Tensor, Tensor]
 
 
 def plan_swag(
-    model_name: str, num: int, num_samples: int, strategies: Sequence[str], toy: bool
+    model_name: str, num: int, num_samples: int, strategies: Sequence[str], setting: Setting
 ) -> Plan:
-    num, num_samples = (4, 3) if toy else (num, num_samples)
-    net = models.build(model_name, toy=toy)
-    x, _ = models.inputs(model_name, num, toy=toy)
+    num, num_samples = (4, 3) if setting.toy else (num, num_samples)
+    net = setting.build(model_name)
+    x, _ = setting.inputs(model_name, num)
     plan = Plan(
         agree=partial(prediction_difference, num_samples=num_samples), secondary=tuple(strategies)
     )
@@ -68,21 +68,21 @@ def plan_swag(
     return plan
 
 
-def plan_laplace(model_name: str, num: int, toy: bool) -> Plan:
-    num, num_samples = (4, 3) if toy else (num, NUM_SAMPLES)
-    net = models.build(model_name, toy=toy)
-    x, _ = models.inputs(model_name, num, toy=toy)
+def plan_laplace(model_name: str, num: int, setting: Setting) -> Plan:
+    num, num_samples = (4, 3) if setting.toy else (num, NUM_SAMPLES)
+    net = setting.build(model_name)
+    x, _ = setting.inputs(model_name, num)
     plan = Plan(agree=partial(prediction_difference, num_samples=num_samples))
     # The precision is all that the timing depends on, and only through the size of the
     # noise (std 0.01): a few data are enough to fit.
-    data = [models.inputs(model_name, 4, toy=toy, seed=2)]
+    data = [setting.inputs(model_name, 4, seed=2)]
     prior_precision = 1e4
 
     def fitted(library) -> Side:
         laplace = library.LaplaceApproximation(
             copy.deepcopy(net), prior_precision=prior_precision, num_samples=num_samples
         )
-        laplace.fit(data, device="cpu")
+        laplace.fit(data, device=setting.device)
         return Side(lambda: laplace.predict(x), moments)
 
     plan.add_peer(BASELINE, "incerto.bayesian", fitted)
@@ -96,17 +96,17 @@ def plan_laplace(model_name: str, num: int, toy: bool) -> Plan:
     return plan
 
 
-def plan_kronecker(model_name: str, num: int, toy: bool) -> Plan:
+def plan_kronecker(model_name: str, num: int, setting: Setting) -> Plan:
     """Samples of a Kronecker-factored Laplace posterior; the original has none."""
-    num, num_samples = (4, 3) if toy else (num, NUM_SAMPLES)
-    net = models.build(model_name, toy=toy)
-    x, _ = models.inputs(model_name, num, toy=toy)
+    num, num_samples = (4, 3) if setting.toy else (num, NUM_SAMPLES)
+    net = setting.build(model_name)
+    x, _ = setting.inputs(model_name, num)
     plan = Plan(
         baseline=LOOP,
         agree=partial(prediction_difference, num_samples=num_samples),
         rivals=("laplace-torch",),
     )
-    data = models.inputs(model_name, 32, toy=toy, seed=2)
+    data = setting.inputs(model_name, 32, seed=2)
     prior_precision = 1e4
     model = fb.Model.from_module(net)
     state = fb.laplace.fit(
@@ -147,18 +147,19 @@ def plan_kronecker(model_name: str, num: int, toy: bool) -> Plan:
     return plan
 
 
-def plan_vi(num: int, toy: bool) -> Plan:
+def plan_vi(num: int, setting: Setting) -> Plan:
     """Predictions of a variational network, and by draws of pre-activations."""
-    num, num_samples = (4, 3) if toy else (num, NUM_SAMPLES)
-    sizes = (12, [8, 6], 10) if toy else (784, [512, 256], 10)
-    x, _ = models.inputs("mlp", num, toy=toy)
+    num, num_samples = (4, 3) if setting.toy else (num, NUM_SAMPLES)
+    sizes = (12, [8, 6], 10) if setting.toy else (784, [512, 256], 10)
+    x, _ = setting.inputs("mlp", num)
     torch.manual_seed(0)
-    ours = fb.VariationalBayesNN(*sizes, num_samples=num_samples)
+    ours = fb.VariationalBayesNN(*sizes, num_samples=num_samples).to(setting.device)
     plan = Plan(agree=partial(prediction_difference, num_samples=num_samples))
 
     def incerto_side(incerto) -> Side:
         theirs = incerto.VariationalBayesNN(*sizes, num_samples=num_samples)
         theirs.load_state_dict(ours.state_dict())
+        theirs.to(setting.device)
         return Side(lambda: theirs.predict(x), moments)
 
     plan.add_peer(BASELINE, "incerto.bayesian", incerto_side)
@@ -170,9 +171,9 @@ def plan_vi(num: int, toy: bool) -> Plan:
     return plan
 
 
-def plan_swag_update(model_name: str, toy: bool) -> Plan:
+def plan_swag_update(model_name: str, setting: Setting) -> Plan:
     """One weight iterate taken into the moments."""
-    net = models.build(model_name, toy=toy)
+    net = setting.build(model_name)
     plan = Plan()
 
     def incerto_side(incerto) -> Side:
@@ -234,7 +235,7 @@ def trajectory(net: nn.Module) -> Iterator[nn.Module]:
     for _ in range(5):
         with torch.no_grad():
             for p, center in zip(iterate.parameters(), start, strict=True):
-                noise = torch.randn(p.shape, generator=generator)
+                noise = torch.randn(p.shape, generator=generator).to(p.device)
                 p.copy_(center + 0.05 * (center.abs().mean() + 1e-3) * noise)
         yield iterate
 
@@ -242,10 +243,10 @@ def trajectory(net: nn.Module) -> Iterator[nn.Module]:
 # Monte Carlo dropout
 
 
-def plan_dropout(model_name: str, num: int, toy: bool) -> Plan:
-    num, num_samples = (4, 3) if toy else (num, NUM_SAMPLES)
-    net = models.build(model_name, dropout=True, toy=toy)
-    x, _ = models.inputs(model_name, num, toy=toy)
+def plan_dropout(model_name: str, num: int, setting: Setting) -> Plan:
+    num, num_samples = (4, 3) if setting.toy else (num, NUM_SAMPLES)
+    net = setting.build(model_name, dropout=True)
+    x, _ = setting.inputs(model_name, num)
     agree = partial(prediction_difference, num_samples=num_samples)
     plan = Plan(agree=agree, secondary=STRATEGIES)
 
@@ -270,15 +271,16 @@ def plan_dropout(model_name: str, num: int, toy: bool) -> Plan:
 # Ensembles
 
 
-def members(model_name: str, num_members: int, toy: bool) -> list[nn.Module]:
-    return [models.build(model_name, toy=toy, seed=seed) for seed in range(num_members)]
+def members(model_name: str, num_members: int, setting: Setting) -> list[nn.Module]:
+    return [setting.build(model_name, seed=seed) for seed in range(num_members)]
 
 
-def plan_ensemble_predict(model_name: str, num_members: int, num: int, toy: bool) -> Plan:
-    num_members, num = (3, 4) if toy else (num_members, num)
-    nets = members(model_name, num_members, toy)
-    x, _ = models.inputs(model_name, num, toy=toy)
-    plan = Plan(agree=moments_difference, secondary=STRATEGIES)
+def plan_ensemble_predict(model_name: str, num_members: int, num: int, setting: Setting) -> Plan:
+    num_members, num = (3, 4) if setting.toy else (num_members, num)
+    nets = members(model_name, num_members, setting)
+    x, _ = setting.inputs(model_name, num)
+    agree = partial(moments_difference, tolerance=setting.tolerance)
+    plan = Plan(agree=agree, secondary=STRATEGIES)
 
     def ensemble(library) -> Side:
         fresh = iter(copy.deepcopy(nets))
@@ -293,26 +295,26 @@ def plan_ensemble_predict(model_name: str, num_members: int, num: int, toy: bool
     return plan
 
 
-def plan_ensemble_step(model_name: str, num_members: int, num: int, toy: bool) -> Plan:
+def plan_ensemble_step(model_name: str, num_members: int, num: int, setting: Setting) -> Plan:
     """One optimizer step of every member on one batch."""
-    num_members, num = (3, 4) if toy else (num_members, num)
-    batch = models.inputs(model_name, num, toy=toy)
+    num_members, num = (3, 4) if setting.toy else (num_members, num)
+    batch = setting.inputs(model_name, num)
     plan = Plan()
 
     def incerto_side(incerto) -> Side:
-        fresh = iter(members(model_name, num_members, toy))
+        fresh = iter(members(model_name, num_members, setting))
         ensemble = incerto.DeepEnsemble(lambda: next(fresh), num_models=num_members)
         optimizers = [torch.optim.Adam(net.parameters()) for net in ensemble.models]
         loss_function = nn.CrossEntropyLoss()
 
         def call():
             for i, optimizer in enumerate(optimizers):
-                ensemble.train_member(i, [batch], optimizer, loss_function, 1, "cpu")
+                ensemble.train_member(i, [batch], optimizer, loss_function, 1, setting.device)
 
         return Side(call)
 
     plan.add_peer(BASELINE, "incerto.bayesian", incerto_side)
-    model, state = fb.ensemble.from_modules(members(model_name, num_members, toy))
+    model, state = fb.ensemble.from_modules(members(model_name, num_members, setting))
     params = {name: p.detach().clone().requires_grad_() for name, p in state.params.items()}
     likelihood = fb.likelihoods.Categorical()
     optimizer = torch.optim.Adam(list(params.values()), fused=True)
@@ -331,11 +333,11 @@ def plan_ensemble_step(model_name: str, num_members: int, num: int, toy: bool) -
     return plan
 
 
-def plan_ensemble_fit(model_name: str, num_members: int, num: int, toy: bool) -> Plan:
+def plan_ensemble_fit(model_name: str, num_members: int, num: int, setting: Setting) -> Plan:
     """An epoch of ten batches for every member, from the same start each time."""
-    num_members, num, num_batches = (3, 4, 2) if toy else (num_members, num, 10)
-    batches = [models.inputs(model_name, num, toy=toy, seed=i) for i in range(num_batches)]
-    nets = members(model_name, num_members, toy)
+    num_members, num, num_batches = (3, 4, 2) if setting.toy else (num_members, num, 10)
+    batches = [setting.inputs(model_name, num, seed=i) for i in range(num_batches)]
+    nets = members(model_name, num_members, setting)
     plan = Plan()
 
     def incerto_side(incerto) -> Side:
@@ -346,7 +348,7 @@ def plan_ensemble_fit(model_name: str, num_members: int, num: int, toy: bool) ->
         def call():
             for i, net in enumerate(ensemble.models):
                 optimizer = torch.optim.Adam(net.parameters())
-                ensemble.train_member(i, batches, optimizer, loss_function, 1, "cpu")
+                ensemble.train_member(i, batches, optimizer, loss_function, 1, setting.device)
 
         return Side(call)
 

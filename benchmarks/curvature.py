@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import funcbayes as fb
-from benchmarks import models, peers
+from benchmarks import peers
+from benchmarks.models import Setting
 from benchmarks.peers import BASELINE
 from benchmarks.plans import CLASS, DECOMPOSED, FUNCTION, LOOP, OURS, Plan, Side
 from funcbayes.cli.bench.agreement import flat, moments_difference, tensor_difference
@@ -35,18 +36,18 @@ class OneBatch:
         return 1
 
 
-def plan_fisher(model_name: str, num: int, toy: bool) -> Plan:
-    num = 4 if toy else num
-    net = models.build(model_name, toy=toy)
-    x, y = models.inputs(model_name, num, toy=toy)
+def plan_fisher(model_name: str, num: int, setting: Setting) -> Plan:
+    num = 4 if setting.toy else num
+    net = setting.build(model_name)
+    x, y = setting.inputs(model_name, num)
     loader = OneBatch(x, y)
-    plan = Plan(agree=partial(tensor_difference, tolerance=tolerance(model_name)))
+    plan = Plan(agree=partial(tensor_difference, tolerance=tolerance(model_name, setting)))
 
     def class_side(library, prior_precision: float) -> Side:
         laplace = library.LaplaceApproximation(copy.deepcopy(net), prior_precision=prior_precision)
 
         def fit():
-            laplace.fit(loader, device="cpu")
+            laplace.fit(loader, device=setting.device)
             return laplace.posterior_precision
 
         return Side(fit, lambda precision: num * flat(precision.values()))
@@ -138,22 +139,24 @@ def posteriors_side(posteriors, net: nn.Module, x: Tensor, y: Tensor) -> Side:
     return Side(call, lambda values: flat(values.values()))
 
 
-def tolerance(model_name: str) -> float:
+def tolerance(model_name: str, setting: Setting) -> float:
     """How far two sides may differ, in norm."""
     # On the ResNet, either side's largest entries are off their values in float64 by a per cent,
     # where the two agree to 1e-15 (measured); elsewhere float32 keeps the usual tolerance.
-    return 1e-2 if model_name.startswith("resnet") else 1e-3
+    return 1e-2 if model_name.startswith("resnet") else setting.tolerance
 
 
 # GGN
 
 
-def plan_ggn(model_name: str, num: int, toy: bool) -> Plan:
+def plan_ggn(model_name: str, num: int, setting: Setting) -> Plan:
     """The exact diagonal GGN of one batch."""
-    num = 4 if toy else num
-    net = models.build(model_name, toy=toy)
-    x, y = models.inputs(model_name, num, toy=toy)
-    plan = Plan(baseline=LOOP, agree=partial(tensor_difference, tolerance=tolerance(model_name)))
+    num = 4 if setting.toy else num
+    net = setting.build(model_name)
+    x, y = setting.inputs(model_name, num)
+    plan = Plan(
+        baseline=LOOP, agree=partial(tensor_difference, tolerance=tolerance(model_name, setting))
+    )
     theirs = copy.deepcopy(net)
     plan.sides[LOOP] = Side(lambda: loop_ggn(theirs, x), flat)
     model = fb.Model.from_module(net)
@@ -229,12 +232,14 @@ def add_laplace_torch(
     plan.rivals = plan.secondary = tuple(n for n in plan.sides if n not in OURS and n != LOOP)
 
 
-def plan_kfac(model_name: str, num: int, toy: bool) -> Plan:
+def plan_kfac(model_name: str, num: int, setting: Setting) -> Plan:
     """Kronecker factors of the exact GGN of one batch, which the peer decomposes at once."""
-    num = 4 if toy else num
-    net = models.build(model_name, toy=toy)
-    x, y = models.inputs(model_name, num, toy=toy)
-    plan = Plan(baseline=None, agree=partial(tensor_difference, tolerance=tolerance(model_name)))
+    num = 4 if setting.toy else num
+    net = setting.build(model_name)
+    x, y = setting.inputs(model_name, num)
+    plan = Plan(
+        baseline=None, agree=partial(tensor_difference, tolerance=tolerance(model_name, setting))
+    )
     model = fb.Model.from_module(net)
 
     def fit() -> Any:
@@ -252,13 +257,15 @@ def plan_kfac(model_name: str, num: int, toy: bool) -> Plan:
 # The linearised predictive
 
 
-def plan_linearized(model_name: str, structure: str, num: int, toy: bool) -> Plan:
+def plan_linearized(model_name: str, structure: str, num: int, setting: Setting) -> Plan:
     """Means and covariances of the outputs under a Laplace approximation that is fitted."""
-    num = 3 if toy else num
-    net = models.build(model_name, toy=toy)
-    x, _ = models.inputs(model_name, num, toy=toy)
-    data = models.inputs(model_name, 4, toy=toy, seed=2)
-    plan = Plan(baseline=None, agree=partial(moments_difference, tolerance=tolerance(model_name)))
+    num = 3 if setting.toy else num
+    net = setting.build(model_name)
+    x, _ = setting.inputs(model_name, num)
+    data = setting.inputs(model_name, 4, seed=2)
+    plan = Plan(
+        baseline=None, agree=partial(moments_difference, tolerance=tolerance(model_name, setting))
+    )
     last_layer = structure == "last-layer"
     *_, (head, _) = (pair for pair in net.named_modules() if isinstance(pair[1], nn.Linear))
     model = fb.Model.from_module(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import funcbayes as fb
-from benchmarks import models, peers
+from benchmarks import peers
 from benchmarks.cells import trajectory
+from benchmarks.models import Setting
 from benchmarks.peers import BASELINE
 from benchmarks.plans import AUTO
 from funcbayes.cli.bench.networks import NUM_CLASSES
@@ -23,8 +24,6 @@ BUDGET = 3.0
 # A size of which ten copies would not fit is left out: state, both libraries' samples, and air.
 COPIES = 30
 
-_CPU = torch.device("cpu")
-
 
 class Curve(NamedTuple):
     """What grows, and the cases.
@@ -33,20 +32,21 @@ class Curve(NamedTuple):
         name: what is on the axis.
         title: what is held fixed.
         sizes: the values that are run.
-        case: for a size the network, the inputs and the number of samples.
+        case: for a device and a size the network, the inputs and the number of samples.
     """
 
     name: str
     title: str
     sizes: tuple[int, ...]
-    case: Callable[[int], tuple[nn.Module, Tensor, int]]
+    case: Callable[[torch.device, int], tuple[nn.Module, Tensor, int]]
 
 
-def _by_name(name: str, num: int, num_samples: int) -> tuple[nn.Module, Tensor, int]:
-    return models.build(name), models.inputs(name, num)[0], num_samples
+def _mlp(device: torch.device, num: int, num_samples: int) -> tuple[nn.Module, Tensor, int]:
+    setting = Setting(device)
+    return setting.build("mlp"), setting.inputs("mlp", num)[0], num_samples
 
 
-def _wide(num_params: int) -> tuple[nn.Module, Tensor, int]:
+def _wide(device: torch.device, num_params: int) -> tuple[nn.Module, Tensor, int]:
     """An MLP 64-h-h-10 of about so many parameters."""
     width = max(1, round(((76**2 + 4 * num_params) ** 0.5 - 76) / 2))
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def _wide(num_params: int) -> tuple[nn.Module, Tensor, int]:
         nn.Linear(width, NUM_CLASSES),
     )
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
-    return net.eval(), x, 5
+    return net.eval().to(device), x.to(device), 5
 
 
 CURVES = (
@@ -63,13 +63,13 @@ CURVES = (
         "samples",
         "MLP of 536 k parameters, 16 inputs",
         (1, 3, 10, 30, 100, 300, 1000),
-        lambda n: _by_name("mlp", 16, n),
+        lambda device, n: _mlp(device, 16, n),
     ),
     Curve(
         "inputs",
         "MLP of 536 k parameters, 20 samples",
         (1, 4, 16, 64, 256, 1024, 4096),
-        lambda n: _by_name("mlp", n, 20),
+        lambda device, n: _mlp(device, n, 20),
     ),
     Curve(
         "parameters",
@@ -80,7 +80,7 @@ CURVES = (
 )
 
 
-def run(curve: Curve, sizes: Iterable[int] | None = None) -> dict[str, Any]:
+def run(curve: Curve, device: torch.device, sizes: Iterable[int] | None = None) -> dict[str, Any]:
     """Times the default strategy and the plain loop at every size.
 
     Returns:
@@ -91,10 +91,10 @@ def run(curve: Curve, sizes: Iterable[int] | None = None) -> dict[str, Any]:
     points: list[dict[str, Any]] = []
     patient = True
     for size in curve.sizes if sizes is None else sizes:
-        if curve.name == "parameters" and COPIES * 4 * size > available_bytes(_CPU):
+        if curve.name == "parameters" and COPIES * 4 * size > available_bytes(device):
             points.append({"size": size, "seconds": {}, "left_out": "not enough memory"})
             continue
-        net, x, num_samples = curve.case(size)
+        net, x, num_samples = curve.case(device, size)
         sides = _sides(net, x, num_samples, baseline=patient)
         timings = in_turn(sides, budget=BUDGET, min_rounds=3, max_rounds=30)
         medians = {side: timings.of(side).median for side in timings.seconds}

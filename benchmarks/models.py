@@ -1,6 +1,7 @@
 """The networks that are timed: those of `funcbayes bench`, and larger and smaller ones."""
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def resnet(width: int, *, dropout: bool, toy: bool) -> ResNet18:
     for norm in norms:
         norm.momentum = 1.0
     with torch.no_grad():
-        net(inputs(f"resnet-w{width}", 16, toy=toy)[0])
+        net(NETWORKS[f"resnet-w{width}"].inputs(16, toy=toy)[0])
     for norm in norms:
         norm.momentum = 0.1
     return net
@@ -83,9 +84,29 @@ NETWORKS = {
 }
 
 
-def build(name: str, *, dropout: bool = False, toy: bool = False, seed: int = 0) -> nn.Module:
-    return NETWORKS[name].build(dropout=dropout, toy=toy, seed=seed)
+class Setting(NamedTuple):
+    """Where a cell runs, and how large it is.
 
+    Attributes:
+        device: where networks and inputs lie. They are made on the CPU, so that they are the
+            same on every device, and moved.
+        toy: whether all sizes are a few units, for tests.
+    """
 
-def inputs(name: str, num: int, *, toy: bool = False, seed: int = 1) -> tuple[Tensor, Tensor]:
-    return NETWORKS[name].inputs(num, toy=toy, seed=seed)
+    device: torch.device
+    toy: bool = False
+
+    def build(self, name: str, *, dropout: bool = False, seed: int = 0) -> nn.Module:
+        """The network in eval mode."""
+        network = NETWORKS[name].build(dropout=dropout, toy=self.toy, seed=seed)
+        return network.to(self.device)
+
+    def inputs(self, name: str, num: int, *, seed: int = 1) -> tuple[Tensor, Tensor]:
+        """Inputs `[num, ...]`, and class labels `[num]`."""
+        x, y = NETWORKS[name].inputs(num, toy=self.toy, seed=seed)
+        return x.to(self.device), y.to(self.device)
+
+    @property
+    def tolerance(self) -> float:
+        """Of relative differences: convolutions on CUDA round to TF32."""
+        return 1e-3 if self.device.type == "cpu" else 1e-2

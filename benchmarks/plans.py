@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import peers
 from benchmarks.limits import Work
+from benchmarks.models import Setting
 from benchmarks.peers import BASELINE
 
 CLASS = "class"
@@ -84,7 +85,7 @@ class Cell:
 
     Attributes:
         name: group, method, model and size, joined by slashes.
-        plan: builds it; True for a toy size, which the tests use.
+        plan: builds it for a device, and for a toy size, which the tests use.
         seconds: time to spend on it.
         in_quick: whether a quick run has it.
         in_full_only: whether only a full run has it.
@@ -92,7 +93,7 @@ class Cell:
     """
 
     name: str
-    plan: Callable[[bool], Plan]
+    plan: Callable[[Setting], Plan]
     seconds: float
     in_quick: bool = True
     in_full_only: bool = False

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 import funcbayes as fb
-from benchmarks import models
+from benchmarks.models import Setting
 from benchmarks.plans import FORMATS, Plan, Side
 from funcbayes.cli.bench.agreement import moments
 
 STD = 0.01
 
 
-def plan_precision(model_name: str, num: int, num_samples: int, toy: bool) -> Plan:
+def plan_precision(model_name: str, num: int, num_samples: int, setting: Setting) -> Plan:
     """Predictions of the same samples, drawn once, in several formats."""
-    num, num_samples = (4, 3) if toy else (num, num_samples)
-    net = models.build(model_name, toy=toy)
-    x, _ = models.inputs(model_name, num, toy=toy)
+    num, num_samples = (4, 3) if setting.toy else (num, num_samples)
+    net = setting.build(model_name)
+    x, _ = setting.inputs(model_name, num)
     model = fb.Model.from_module(net)
     std = {name: torch.full_like(p, STD) for name, p in model.params.items()}
     stack = fb.posteriors.Diagonal(model.params, std).sample(0, num_samples)
@@ -49,7 +49,9 @@ def plan_precision(model_name: str, num: int, num_samples: int, toy: bool) -> Pl
 
     plan = Plan(baseline=FORMATS[0], error=error)
     for name in FORMATS[:-1]:
-        narrow = torch.autocast("cpu", getattr(torch, name), enabled=name != FORMATS[0])
+        narrow = torch.autocast(
+            setting.device.type, getattr(torch, name), enabled=name != FORMATS[0]
+        )
         plan.sides[name] = Side(partial(predict, model, stack, x, narrow))
     plan.sides[FORMATS[-1]] = Side(wide)
     return plan

@@ -7,6 +7,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import limits, plots
 from benchmarks.cells import NUM_SAMPLES
 from benchmarks.peers import BASELINE
@@ -15,6 +17,7 @@ from benchmarks.running import ROOT, failures, unchecked
 from funcbayes.cli.bench.running import environment as machine
 
 SCHEMA = 2
+CPU = torch.device("cpu")
 PEERS = (
     "incerto",
     "laplace-torch",
@@ -40,11 +43,25 @@ TITLES = {
 }
 
 
-def environment() -> dict[str, Any]:
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The commit, the machine and the versions that the figures belong to.
+
+    `tf32` says for which float32 operations the device may round to TF32; None on CPU.
+    """
+    tf32 = {
+        "matrix products": torch.backends.cuda.matmul.fp32_precision == "tf32",
+        "convolutions": torch.backends.cudnn.conv.fp32_precision == "tf32",  # pyright: ignore[reportAttributeAccessIssue]
+    }
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", "funcbayes", "benchmarks")),
         **machine(),
+        "device": device_name(device),
+        "tf32": tf32 if device.type == "cuda" else None,
         "peers": {name: _version(name) for name in PEERS},
     }
 
@@ -70,6 +87,7 @@ def collect(
     cells: list[dict[str, Any]],
     *,
     quick: bool,
+    device: torch.device = CPU,
     machine_limits: dict[str, float] | None = None,
     curves: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
@@ -78,7 +96,7 @@ def collect(
         "limits": machine_limits,
         "growth": curves or [],
         "geometric_means": geometric_means(cells),
-        "environment": environment(),
+        "environment": environment(device),
         "settings": {"quick": quick, "num_samples": NUM_SAMPLES, "baseline": BASELINE},
         "failures": failures(cells),
         "without_baseline": unchecked(cells),
@@ -131,8 +149,8 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         f"Commit {(env['commit'] or 'unknown')[:12]}"
         + (" with uncommitted changes" if env["uncommitted_changes"] else "")
-        + f"; Python {env['python']}, torch {env['torch']}, {env['threads']} threads on "
-        f"{env['cpu']} ({env['capability']}); {peers}."
+        + f"; Python {env['python']}, torch {env['torch']}, {_device(env)}{env['threads']} threads "
+        f"on {env['cpu']} ({env['capability']}); {peers}."
         + (" A quick run: few rounds." if results["settings"]["quick"] else ""),
         "",
         *_summary(results),
@@ -147,6 +165,13 @@ def markdown(results: dict[str, Any]) -> str:
         lines += _table(in_group, results["limits"])
     lines += _growth(results["growth"])
     return "\n".join(lines) + "\n"
+
+
+def _device(env: dict[str, Any]) -> str:
+    if env["tf32"] is None:
+        return ""
+    rounded = " and ".join(name for name, allowed in env["tf32"].items() if allowed)
+    return f"{env['device']} (float32 with TF32 in {rounded or 'nothing'}), "
 
 
 def _summary(results: dict[str, Any]) -> list[str]:

@@ -6,16 +6,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.floors import floor_of, goals_of, rival_floor_of
 from benchmarks.memory import peak_memory
+from benchmarks.models import Setting
 from benchmarks.plans import FUNCTION, OURS, STRATEGIES, Cell, Plan
 from funcbayes.cli.bench.timing import Timings, in_turn, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(cell: Cell, *, quick: bool = False, toy: bool = False) -> dict[str, Any]:
-    """Times all sides of a cell.
+def run(
+    cell: Cell, device: torch.device, *, quick: bool = False, toy: bool = False
+) -> dict[str, Any]:
+    """Times all sides of a cell on a device, which must be the current one: the clock waits for it.
 
     Returns:
         `name`, `baseline`, `work` (operations and bytes, or None), `goals` and `sides`: for each
@@ -26,7 +31,7 @@ def run(cell: Cell, *, quick: bool = False, toy: bool = False) -> dict[str, Any]
         `disagrees` says where a side computed something else than the baseline.
     """
     try:
-        plan = cell.plan(toy)
+        plan = cell.plan(Setting(device, toy))
     except Exception as error:
         return {
             "name": cell.name,
@@ -48,7 +53,8 @@ def run(cell: Cell, *, quick: bool = False, toy: bool = False) -> dict[str, Any]
         "name": cell.name,
         "baseline": plan.baseline,
         "work": None if plan.work is None else plan.work._asdict(),
-        "goals": [goal._asdict() for goal in goals_of(cell.name)],
+        # Those that there are come from prototypes on a CPU.
+        "goals": [g._asdict() for g in goals_of(cell.name) if device.type == "cpu"],
         "sides": {
             name: _side(cell, plan, timings, name)
             for name in [*plan.sides, *plan.absent]
@@ -97,18 +103,19 @@ def _complaint(plan: Plan, timings: Timings, name: str, reference: str) -> str |
     return plan.agree(value(timings.outputs[name]), expected)
 
 
-def memory(cell: Cell, side: str) -> float | None:
+def memory(cell: Cell, side: str, device: torch.device) -> float | None:
     """Peak megabytes of one call, measured in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks", "--memory-of", cell.name, side]
+    command = [sys.executable, "-m", "benchmarks", "--device", str(device)]
+    command += ["--memory-of", cell.name, side]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if child.returncode != 0:
         return None
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def memory_here(cell: Cell, side: str) -> float | None:
+def memory_here(cell: Cell, side: str, device: torch.device) -> float | None:
     """What `memory` has its process do."""
-    megabytes = peak_memory(cell.plan(False).sides[side].call)
+    megabytes = peak_memory(cell.plan(Setting(device)).sides[side].call, device)
     return None if megabytes is None else round(megabytes, 1)
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import funcbayes as fb
-from benchmarks import models, peers
+from benchmarks import peers
+from benchmarks.models import Setting
 from benchmarks.peers import BASELINE
 from benchmarks.plans import CLASS, FUNCTION, Plan, Side
 from funcbayes.core import trees
@@ -17,16 +18,16 @@ NUM_DRAWS = 5
 LEARNING_RATE = 1e-3
 
 
-def plan_vi_step(num: int, toy: bool) -> Plan:
+def plan_vi_step(num: int, setting: Setting) -> Plan:
     """Loss of five draws, its gradient, and a step of Adam."""
-    num = 4 if toy else num
-    sizes = (12, [8, 6], 10) if toy else (784, [512, 256], 10)
-    x, y = models.inputs("mlp", num, toy=toy)
+    num = 4 if setting.toy else num
+    sizes = (12, [8, 6], 10) if setting.toy else (784, [512, 256], 10)
+    x, y = setting.inputs("mlp", num)
     plan = Plan(rivals=("posteriors",))
 
     def of_class(library: Any) -> Side:
         torch.manual_seed(0)
-        net = library.VariationalBayesNN(*sizes)
+        net = library.VariationalBayesNN(*sizes).to(setting.device)
         optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
 
         def call() -> None:
@@ -39,7 +40,7 @@ def plan_vi_step(num: int, toy: bool) -> Plan:
     plan.add_peer(BASELINE, "incerto.bayesian", of_class)
     plan.sides[CLASS] = of_class(fb)
 
-    net = models.build("mlp", toy=toy)
+    net = setting.build("mlp")
     model = fb.Model.from_module(net)
     state = fb.vi.init(model.params)
     leaves = trees.leaves(state)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import _disable_current_modes
 
+from funcbayes.core.memory import keep_freed
 from funcbayes.core.trees import (
     TensorTree,
     check_like,
@@ -45,6 +46,7 @@ class Scratch:
         self.plans: dict[Any, Any] = {}
         self.recordings: dict[Any, Any] = {}
         self.buffers: deque[Tensor] = deque()
+        keep_freed()
 
     @staticmethod
     def remember(known: dict[Any, Any], key: Any, value: Any) -> None:

@@ -13,18 +13,24 @@ Source:
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 from funcbayes.core import workers
 
-# Paths are words behind a tag, so that no chain of splits and folds spells another's path.
-_SPLIT, _FOLD = 0, 1
+# Paths are words behind a tag, so that no chain of splits and folds spells another's path, nor
+# that of the seeds of a parent's items.
+_SPLIT, _FOLD, _ITEMS = 0, 1, 2
+# Items of a parent whose seeds are drawn together: hashing for each would take longer than what
+# many of them draw.
+_ITEMS_AT_ONCE = 256
 _WORD = 2**32
 # The most that the Box–Muller transform takes at a time: in larger blocks its steps leave the
 # cache, in smaller ones threads wait for each other's calls.
@@ -180,19 +186,19 @@ class Stream:
 
     def __init__(self, key: KeyLike, device: torch.device) -> None:
         """Starts the stream of a key."""
-        parent = as_key(key)
+        own = as_key(key)
         if device.type == "cpu":
-            sequence = np.random.SeedSequence(parent.entropy, spawn_key=parent.path)
-            self._bits = np.random.Generator(np.random.SFC64(sequence))
+            # NumPy's stubs do not know that any such object will do.
+            self.bits = np.random.SFC64(_seed_sequence(own))  # pyright: ignore[reportArgumentType]
         else:
-            self._generator = generator(parent, device)
+            self._generator = generator(own, device)
 
     def words(self, out: Any) -> None:
         """Fills int64 memory, as `memory` gives it, with random bits."""
         if isinstance(out, Tensor):
             out.random_(-(2**63), None, generator=self._generator)
         else:
-            out[:] = self._words(len(out)).view(np.int64)
+            out[:] = self.bits.random_raw(len(out)).view(np.int64)
 
     def normal(self, out: Any) -> None:
         """Fills a floating row, as `memory` gives it, with standard normal numbers.
@@ -202,35 +208,80 @@ class Stream:
         if isinstance(out, Tensor):
             out.normal_(generator=self._generator)
         else:
-            self._box_muller(out, *_WORDS[out.dtype.type])
+            _fill_normal(out[None], [self])
 
-    def _words(self, num: int) -> Any:
-        return self._bits.integers(0, 2**64 - 1, num, dtype=np.uint64, endpoint=True)
 
-    def _box_muller(self, out: Any, unsigned: Any, signed: Any) -> None:
-        real, size = out.dtype.type, out.itemsize
-        turn = real(math.pi / 2 ** (8 * size - 1))
-        unit, half = real(0.5 ** (8 * size)), real(0.5)
-        blocks = -(-out.nbytes // _BLOCK_BYTES)
-        for i in range(blocks):
-            part = out[len(out) * i // blocks : len(out) * (i + 1) // blocks]
-            pairs = -(-len(part) // 2)
-            words = self._words(-(-2 * pairs * size // 8)).view(unsigned)
-            # (w + ½)/2³²: never 0, and near 0 as fine as the bits are. In the words' own memory.
-            radius = words[:pairs].view(real)
-            np.copyto(radius, words[:pairs], casting="unsafe")
-            radius += half
-            radius *= unit
-            np.log(radius, out=radius)
-            radius *= real(-2)
-            np.sqrt(radius, out=radius)
-            cosines, sines = part[:pairs], part[pairs:]
-            np.copyto(cosines, words[pairs : 2 * pairs].view(signed), casting="unsafe")
-            cosines *= turn
-            np.sin(cosines[: len(sines)], out=sines)
-            np.cos(cosines, out=cosines)
-            cosines *= radius
-            sines *= radius[: len(sines)]
+class _Words(ISeedSequence):
+    """A seed that is there already."""
+
+    def __init__(self, words: Any) -> None:
+        self._words = words
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> Any:
+        """The seed: what SFC64 asks for are three words of 64 bits."""
+        return self._words
+
+
+def _seed_sequence(key: Key) -> ISeedSequence:
+    """What seeds the stream of a key: an item's seed comes from its parent's."""
+    if len(key.path) < 3 or key.path[-3] != _FOLD:
+        return np.random.SeedSequence(key.entropy, spawn_key=key.path)
+    item = key.path[-2] + _WORD * key.path[-1]
+    block, place = divmod(item, _ITEMS_AT_ONCE)
+    return _Words(_seeds_of_items(Key(key.entropy, key.path[:-3]), block)[place])
+
+
+@lru_cache(maxsize=64)
+def _seeds_of_items(parent: Key, block: int) -> Any:
+    """Seeds of the items that follow one another from `block · _ITEMS_AT_ONCE` on."""
+    path = (*parent.path, _ITEMS, block % _WORD, block // _WORD)
+    words = np.random.SFC64(np.random.SeedSequence(parent.entropy, spawn_key=path))
+    return words.random_raw(3 * _ITEMS_AT_ONCE).reshape(_ITEMS_AT_ONCE, 3)
+
+
+def _fill_normal(out: Any, streams: Sequence[Stream]) -> None:
+    """Fills an array `[streams, numbers]` with normal numbers, each row from its own stream."""
+    unsigned, signed = _WORDS[out.dtype.type]
+    num, size = out.shape[1], out.itemsize
+    blocks = max(1, -(-num * size // _BLOCK_BYTES))
+    # As many rows at a time as a block holds: a step takes as long to call as for 10,000 numbers.
+    at_once = max(1, _BLOCK_BYTES // max(1, num * size))
+    for i in range(blocks):
+        a, b = num * i // blocks, num * (i + 1) // blocks
+        pairs = -(-(b - a) // 2)
+        for first in range(0, len(out), at_once):
+            rows = slice(first, first + at_once)
+            bits = [stream.bits.random_raw(-(-2 * pairs * size // 8)) for stream in streams[rows]]
+            # One row as such: of several, NumPy copies what is changed in place.
+            words, part = (np.stack(bits), out[rows]) if len(bits) > 1 else (bits[0], out[first])
+            words = words.view(unsigned)
+            angles = words[..., pairs : 2 * pairs].view(signed)
+            _box_muller(words[..., :pairs], angles, part[..., a:b])
+
+
+def _box_muller(lengths: Any, angles: Any, out: Any) -> None:
+    """Writes normal numbers `[*rows, numbers]`, made of two words `[*rows, pairs]` for a pair.
+
+    The memory of `lengths` is used up.
+    """
+    real, size = out.dtype.type, out.itemsize
+    pairs = lengths.shape[-1]
+    whole = out.shape[-1] - pairs
+    # (w + ½)/2³²: never 0, and near 0 as fine as the bits are.
+    radius = lengths.view(real)
+    np.copyto(radius, lengths, casting="unsafe")
+    radius += real(0.5)
+    radius *= real(0.5 ** (8 * size))
+    np.log(radius, out=radius)
+    radius *= real(-2)
+    np.sqrt(radius, out=radius)
+    cosines, sines = out[..., :pairs], out[..., pairs:]
+    np.copyto(cosines, angles, casting="unsafe")
+    cosines *= real(math.pi / 2 ** (8 * size - 1))
+    np.sin(cosines[..., :whole], out=sines)
+    np.cos(cosines, out=cosines)
+    cosines *= radius
+    sines *= radius[..., :whole]
 
 
 def memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
@@ -376,15 +427,23 @@ def normal_rows(
         rows = out.detach().numpy() if device.type == "cpu" else out
 
     def fill(first: int, last: int) -> None:
+        # The first rows of groups are drawn, and the others made of them. What comes before the
+        # first group that begins here is made of noise of its own.
+        begin = min(first + -(start + first) % size, last)
+        draw(rows[first:begin], range(first, begin))
+        draw(rows[begin:last:size], range(begin, last, size))
         for i in range(first, last):
-            group, member = divmod(start + i, size)
-            # Members that lie in the same range are made of the first, without drawing again.
-            lead = i - member
-            if lead < first or member == 0:
-                Stream(fold_in(parent, group), device).normal(rows[i])
-                lead = i
+            member = (start + i) % size
             if member:
-                _couple(rows[lead], rows[i], member)
+                _couple(rows[i if i < begin else i - member], rows[i], member)
+
+    def draw(into: Any, numbers: Iterable[int]) -> None:
+        streams = [Stream(fold_in(parent, (start + i) // size), device) for i in numbers]
+        if device.type == "cpu":
+            _fill_normal(into, streams)
+        else:
+            for row, stream in zip(into, streams, strict=True):
+                stream.normal(row)
 
     workers.over_rows(fill, len(rows), num, device)
     if out is None:

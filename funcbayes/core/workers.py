@@ -28,6 +28,11 @@ _worker = threading.local()
 _lock = threading.Lock()
 
 
+def bound() -> bool:
+    """Whether work must stay in this thread: a worker, or one with modes of the caller's."""
+    return inside() or torch._C._len_torch_function_stack() > 0
+
+
 def inside() -> bool:
     """Whether this thread is a worker: one that waited for workers could wait for itself."""
     return getattr(_worker, "is_one", False)
@@ -60,7 +65,7 @@ def over_rows(
         return
     pieces = min(num_rows, _PIECES * workers)
     bounds = [num_rows * i // pieces for i in range(pieces + 1)]
-    _results([submit(work, a, b) for a, b in itertools.pairwise(bounds)])
+    results([submit(work, a, b) for a, b in itertools.pairwise(bounds)])
 
 
 def alone(work: Callable[[], T], like: Iterable[Tensor]) -> T:
@@ -92,7 +97,7 @@ def submit(work: Callable[..., T], *arguments: Any) -> Future[T]:
     return pool().submit(call)
 
 
-def _results(waiting: Sequence[Future[T]]) -> list[T]:
+def results(waiting: Sequence[Future[T]]) -> list[T]:
     """What the calls returned, or the first error, when all of them have come to an end."""
     for error in [future.exception() for future in waiting]:
         if error is not None:

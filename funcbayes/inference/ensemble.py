@@ -7,6 +7,7 @@ Source:
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from funcbayes.core.masks import KeyedDropout
 from funcbayes.core.model import Model, check_model
 from funcbayes.core.random import Key, KeyLike
 from funcbayes.core.trees import TensorTree, check_finite, check_like, tree_map
+from funcbayes.inference import members
 from funcbayes.inference.checks import check_state, check_training
 from funcbayes.inference.seeding import seeded
 from funcbayes.posteriors import Empirical
@@ -278,16 +280,38 @@ def _losses(
         with KeyedDropout(keys, i, always=False):
             return model.apply_train(params, own[0] if own else inputs, constants)
 
-    stacks = (state.params, state.constants, index, *((inputs,) if per_member else ()))
-    # A compiled graph cannot seed generators: there, vmap refuses a network that draws from them.
-    keyed = not torch.compiler.is_compiling()
-    with seeded(key, index.device) if keyed else nullcontext():
-        outputs, buffers = map_samples(member, *stacks, keyed=keyed, quiet=quiet)
-    for i in range(num_members if per_member else 1):
-        likelihood.check(trees.index(outputs, i), targets[i] if per_member else targets)
-    in_dims = (0, 0 if per_member else None)
-    nll = torch.vmap(likelihood.nll, in_dims=in_dims)(outputs, targets)
-    return nll.mean(1), {**state.constants, **trees.tensor_map(torch.Tensor.detach, buffers)}
+    def together(leaves: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        params = trees.unflatten(leaves, state.params)
+        stacks = (params, state.constants, index, *((inputs,) if per_member else ()))
+        # A compiled graph cannot seed generators: there, vmap refuses a network that draws
+        # from them.
+        keyed = not torch.compiler.is_compiling()
+        with seeded(key, index.device) if keyed else nullcontext():
+            outputs, buffers = map_samples(member, *stacks, keyed=keyed, quiet=quiet)
+        for i in range(num_members if per_member else 1):
+            likelihood.check(trees.index(outputs, i), targets[i] if per_member else targets)
+        in_dims = (0, 0 if per_member else None)
+        nll = torch.vmap(likelihood.nll, in_dims=in_dims)(outputs, targets)
+        return nll.mean(1), trees.tensor_map(torch.Tensor.detach, buffers)
+
+    def alone(
+        form: members.Format, params: TensorTree, constants: dict[str, Tensor], i: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        own_inputs, own_targets = trees.index(batch, i) if per_member else batch
+        with KeyedDropout(keys[i : i + 1], None, always=False):
+            outputs, buffers = model.apply_train(params, form(own_inputs), constants)
+        likelihood.check(outputs, own_targets)
+        return likelihood.nll(outputs, own_targets).mean(), buffers
+
+    leaves = trees.leaves(state.params)
+    form = members.own_format(model, alone, state.params, state.constants, batch)
+    if form is None:
+        losses, buffers = together(leaves)
+    else:
+        losses, buffers = members.run(
+            partial(alone, form), state.params, state.constants, lambda new: together(new)[0]
+        )
+    return losses, {**state.constants, **buffers}
 
 
 # Each treats every number by itself (with scalars such as the step that all share).

@@ -220,14 +220,9 @@ def in_worker(work: Callable[..., Any], *arguments: Any) -> Any:
     torch shares some operations, softmax among them, however small they are, and the threads
     that had a part wait for more on the cores that the workers need.
     """
-    if _bound_to_this_thread():
+    if workers.bound():
         return work(*arguments)
     return workers.submit(work, *arguments).result()
-
-
-def _bound_to_this_thread() -> bool:
-    # A mode of the caller's is its own thread's.
-    return workers.inside() or torch._C._len_torch_function_stack() > 0
 
 
 def in_threads(
@@ -238,7 +233,7 @@ def in_threads(
     Each worker keeps its samples in its own core's cache, which one call for all samples does
     not.
     """
-    if _bound_to_this_thread():
+    if workers.bound():
         yield from in_turn(run, start, stop, chunk_size)
         return
 

@@ -12,27 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-from funcbayes.core import random, trees
+from funcbayes.core import operations, trees
 from funcbayes.core.memory import available_bytes, gigabytes
 from funcbayes.core.model import Model
 from funcbayes.posteriors import Draws
 from funcbayes.prediction.forward import one_sample
 
-# Costs in operations of one core, at about 1e11 a second, as measured on two CPU cores. A pass
-# costs this much beside its operations, and each of its kernels that much: the interpreter's time.
-_PASS, _KERNEL = 5e7, 4e6
-# To hand work to threads and to wait for them.
-_START = 4e7
-# A number of noise.
+# A number of noise, in operations of one core.
 _NUMBER = 230.0
-# How much slower a batched pass is than single samples, since its tensors leave the cache; and
-# how much faster convolutions are on images whose channels come last, which batched ones are not.
-_BATCHED, _CHANNELS_LAST = 1.3, 0.8
-# What a core is worth that shares every operation with the others: they wait for each other.
-_SHARING = 0.75
+# How much faster convolutions are on images whose channels come last, which batched ones are not.
+_CHANNELS_LAST = 0.8
 _CPU_BUDGET = 2 * 2**30
 # The part of the memory that is free that a prediction takes at most.
 _SHARE = 0.5
@@ -135,7 +125,7 @@ def measure(model: Model, sample: Draws, x: Any) -> tuple[Any, Profile]:
     Raises:
         ValueError: the network draws from torch's global generator.
     """
-    counter = _Counter()
+    counter = operations.Counter()
     sampled_leaves = trees.tensor_leaves((sample.params, sample.constants))
     with counter, _FirstUse(sampled_leaves, counter):
         outputs = one_sample(model, sample, x, counter.mark)
@@ -208,10 +198,10 @@ def plan(
 def _costs(profile: Profile, num: int, draw_size: int, cores: int) -> dict[str, float]:
     """What each way costs on CPU, in operations of one core."""
     sampled = profile.sampled
-    one_pass = _PASS + _KERNEL * profile.kernels
+    one_pass = operations.PASS + operations.KERNEL * profile.kernels
     noise = _NUMBER * draw_size
-    together = cores * _SHARING if cores > 1 else 1
-    batched = sampled * _BATCHED + noise
+    together = cores * operations.SHARING if cores > 1 else 1
+    batched = sampled * operations.BATCHED + noise
     per_core = math.ceil(num / cores)
     costs = {"loop": num * (one_pass + noise + (profile.shared + sampled) / together)}
     if profile.batchable:
@@ -219,10 +209,10 @@ def _costs(profile: Profile, num: int, draw_size: int, cores: int) -> dict[str, 
     if cores > 1:
         format_gain = _CHANNELS_LAST if profile.channels_last else 1
         each = one_pass + noise + (profile.shared + sampled) * format_gain
-        costs["threads"] = _START + per_core * each
+        costs["threads"] = operations.START + per_core * each
         if profile.batchable:
             whole = cores * one_pass + profile.shared + per_core * batched
-            costs["threads, batched"] = _START + whole
+            costs["threads, batched"] = operations.START + whole
     return costs
 
 
@@ -238,8 +228,8 @@ _UNBATCHABLE = "vmap cannot batch this model"
 def calls_matter(plan: Plan) -> bool:
     """Whether Python takes more than a tenth of what the cores take for a pass."""
     one = plan.profile
-    computed = one.shared + plan.chunk_size * one.sampled * _BATCHED
-    return 10 * (_PASS + _KERNEL * one.kernels) > computed
+    computed = one.shared + plan.chunk_size * one.sampled * operations.BATCHED
+    return 10 * (operations.PASS + operations.KERNEL * one.kernels) > computed
 
 
 def memory_budget(device: torch.device) -> int:
@@ -266,62 +256,10 @@ def plan_key(posterior: Any, x: Any) -> Any:
     return shapes, others, type(posterior), masks, torch.is_autocast_enabled("cpu")
 
 
-class _Counter(TorchDispatchMode):
-    """Counts the operations and the largest result among what reaches the kernels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = 0.0
-        self.kernels = 0
-        self.largest = 0
-        self.marked: float | None = None
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # torch's hook for it: otherwise the first prediction imports the compiler, 1.8 s.
-        return False
-
-    def mark(self) -> None:
-        """Notes that from here on the samples differ."""
-        if self.marked is None:
-            self.marked = self.operations
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if _draws_globally(func, args, kwargs or {}):
-            raise ValueError(random.OWN_RANDOMNESS)
-        result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.operations += formula(*args, **(kwargs or {}), out_val=result)
-        if not func.is_view:
-            self.kernels += 1
-        if isinstance(result, Tensor):
-            self.largest = max(self.largest, result.numel() * result.element_size())
-        return result
-
-
-def _draws_globally(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation is about to draw from torch's global generator."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return False
-    for i, argument in enumerate(func._schema.arguments):
-        value = args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
-        if argument.name == "generator" and value is not None:
-            return False
-        # Attention and dropout carry the tag also where they drop nothing.
-        if argument.name in ("p", "dropout_p", "dropout") and value == 0:
-            return False
-        if argument.name in ("train", "training") and not value:
-            return False
-    return True
-
-
 class _FirstUse(TorchFunctionMode):
     """Marks the counter at the first function that takes a sampled tensor."""
 
-    def __init__(self, sampled: list[Tensor], counter: _Counter) -> None:
+    def __init__(self, sampled: list[Tensor], counter: operations.Counter) -> None:
         super().__init__()
         self._sampled = {id(leaf) for leaf in sampled}
         self._counter = counter

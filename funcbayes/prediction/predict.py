@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from funcbayes.core import random, trees
+from funcbayes.core import images, random, trees
 from funcbayes.core.batching import is_unbatchable, log_unbatchable
 from funcbayes.core.data import batch_size
 from funcbayes.core.likelihoods import Likelihood, check_likelihood
@@ -255,9 +255,9 @@ class _Run(NamedTuple):
         """Outputs and profile of sample 0."""
         buffer = forward.noise_buffer(self.model, self.posterior, 1)
         sample = forward.only(self.posterior.draw(self.key, 0, 1, buffer))
-        if _has_convolutions(self.model, self.x):
+        if images.meet_convolutions(self.model, self.x):
             try:
-                outputs, profile = planner.measure(self.model, sample, _channels_last(self.x))
+                outputs, profile = planner.measure(self.model, sample, images.channels_last(self.x))
                 outputs = forward.apart(outputs, buffer)
                 return outputs, profile._replace(channels_last=True)
             except RuntimeError:
@@ -266,7 +266,7 @@ class _Run(NamedTuple):
         return forward.apart(outputs, buffer), profile
 
     def _by(self, plan: planner.Plan, done: int) -> Iterator[Any]:
-        x = _channels_last(self.x) if plan.channels_last else self.x
+        x = images.channels_last(self.x) if plan.channels_last else self.x
         batched = plan.strategy == "vmap" or plan.chunk_size > 1
         small = batched and planner.calls_matter(plan)
 
@@ -353,20 +353,3 @@ def _with_sample_axis(outputs: Any) -> Any:
 
 def _bytes(tree: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in trees.tensor_leaves(tree))
-
-
-def _has_convolutions(model: Model, x: Any) -> bool:
-    """Whether the channels-last format, which CPU convolutions prefer, may pay."""
-    images = any(_is_image(leaf) for leaf in trees.tensor_leaves(x))
-    weights = trees.tensor_leaves((model.params, model.constants))
-    return images and any(leaf.dim() == 4 for leaf in weights)
-
-
-def _channels_last(x: Any) -> Any:
-    return trees.tensor_map(
-        lambda leaf: leaf.to(memory_format=torch.channels_last) if _is_image(leaf) else leaf, x
-    )
-
-
-def _is_image(leaf: Tensor) -> bool:
-    return leaf.dim() == 4 and leaf.is_floating_point() and leaf.device.type == "cpu"

@@ -260,6 +260,19 @@ def test_streams_go_on_where_they_ended():
     assert (np.concatenate([first, second]) == whole).all()
 
 
+def test_no_two_items_share_a_stream():
+    """Over several blocks of items, two parents, a split, and an item of an item."""
+    parents = [random.key(0), random.key(1), random.fold_in(0, 3), random.split(0)[1]]
+    keys = [random.fold_in(p, i) for p in parents for i in (*range(600), 2**32, 2**40 + 255)]
+    keys += [*parents, *(random.Key(0, (random._ITEMS, block, 0)) for block in range(3))]
+    drawn = random.memory([1], torch.int64, torch.device("cpu"))
+    found = set()
+    for key in keys:
+        random.Stream(key, torch.device("cpu")).words(drawn)
+        found.add(int(drawn[0]))
+    assert len(found) == len(set(keys))
+
+
 def test_numbers_can_be_drawn_inside_transforms():
     def f(x):
         return (random.normal(0, x.shape) * x).sum()

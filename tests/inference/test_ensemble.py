@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from funcbayes.core import random, trees
+from funcbayes.core import random, trees, workers
 from funcbayes.core.likelihoods import Categorical, Gaussian
 from funcbayes.core.masks import KeyedDropout
 from funcbayes.core.model import Model
-from funcbayes.inference import ensemble
+from funcbayes.inference import ensemble, members
 from funcbayes.inference.ensemble import EnsembleState
 
 OPTIMIZERS = {
@@ -92,9 +92,28 @@ def assert_members_equal(state, nets, *, rtol=1e-9, atol=1e-11):
         )
 
 
+@pytest.fixture(params=["one pass of all", "a pass a core"])
+def way(request, monkeypatch):
+    """Both ways to run the members' passes, whatever is faster here; counts those in workers."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    alone = request.param == "a pass a core"
+    monkeypatch.setattr(members, "_costs_less", lambda *args: alone)
+    submitted = []
+    submit = workers.submit
+
+    def counted(*args):
+        submitted.append(args)
+        return submit(*args)
+
+    monkeypatch.setattr(workers, "submit", counted)
+    yield request.param
+    assert bool(submitted) == alone
+
+
 # -- training ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_one_vectorised_step_equals_training_members_one_by_one(name, caplog):
     nets, data = build(conv_net, 3), images()
@@ -149,13 +168,16 @@ def test_models_that_vmap_cannot_batch_are_looped_over(make, caplog):
     assert_members_equal(trained, nets)
 
 
-def test_training_changes_nothing_that_was_given():
+@pytest.mark.parametrize("inputs_require_grad", [True, False])  # False: a pass a core
+def test_training_changes_nothing_that_was_given(inputs_require_grad, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(members, "_costs_less", lambda *args: True)
     nets = build(lambda: conv_net(dropout=0.3), 2)
     nets[0].eval()
     before = [{k: v.clone() for k, v in net.state_dict().items()} for net in nets]
     model, state = ensemble.from_modules(nets)
     start = trees.clone(state)
-    data = [(x.requires_grad_(), y) for x, y in images()]
+    data = [(x.requires_grad_(inputs_require_grad), y) for x, y in images()]
     rng = torch.get_rng_state()
     trained = ensemble.fit(
         model, state, data, key=0, likelihood=Categorical(), optimizer=ADAM, num_epochs=1
@@ -184,6 +206,7 @@ def test_the_state_and_the_posterior_are_copies():
     assert posterior.constants == {}
 
 
+@pytest.mark.usefixtures("way")
 def test_frozen_parameters_stay_each_members_own():
     nets, (x, y) = build(small_net, 3), table()
     model, state = ensemble.from_modules(nets, bayesian=lambda name: name.startswith("2"))
@@ -220,6 +243,7 @@ def test_the_callback_sees_every_step():
 # -- losses --------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("way")
 def test_losses_and_their_gradients_equal_the_loop():
     nets, (x, y) = build(conv_net, 3), images((6,))[0]
     model, state = ensemble.from_modules(nets)
@@ -237,6 +261,96 @@ def test_losses_and_their_gradients_equal_the_loop():
         assert_close(trees.index(constants, i), dict(net.named_buffers()), rtol=1e-12, atol=0)
 
 
+@pytest.mark.usefixtures("way")
+def test_losses_can_be_differentiated_twice_and_with_any_weights():
+    nets, batch = build(small_net, 3), table()
+    model, state = ensemble.from_modules(nets)
+
+    def derivatives(params):
+        values, _ = ensemble.losses(
+            model, EnsembleState(params, state.constants), batch, key=0, likelihood=Categorical()
+        )
+        leaves = trees.leaves(params)
+        grads = torch.autograd.grad(values @ weights, leaves, create_graph=True)
+        return grads, torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    stacks = trees.tree_map(lambda p: p.clone().requires_grad_(), state.params)
+    first, second = derivatives(stacks)
+    for i, net in enumerate(nets):
+        own = list(net.parameters())
+        loss = weights[i] * F.cross_entropy(net(batch[0]), batch[1])
+        grads = torch.autograd.grad(loss, own, create_graph=True)
+        assert_close([g[i].detach() for g in first], [g.detach() for g in grads])
+        expected = torch.autograd.grad(sum(g.square().sum() for g in grads), own)
+        assert_close([g[i] for g in second], list(expected))
+
+
+class Idle(nn.Module):
+    """One of its parameters is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("trained", [("used", "idle"), ("idle",)])
+def test_an_unused_parameter_has_no_gradient(trained):
+    nets = build(lambda: Idle().double(), 2)
+    model, state = ensemble.from_modules(nets, bayesian=lambda name: name.startswith(trained))
+    stacks = trees.tree_map(lambda p: p.clone().requires_grad_(), state.params)
+    values, _ = ensemble.losses(
+        model, EnsembleState(stacks, state.constants), table(), key=0, likelihood=Categorical()
+    )
+    if values.requires_grad:
+        grads = torch.autograd.grad(values.sum(), list(stacks.values()), allow_unused=True)
+        for name, grad in zip(stacks, grads, strict=True):
+            assert (grad is None or not grad.any()) == name.startswith("idle")
+    else:
+        assert trained == ("idle",)
+
+
+def test_what_is_no_parameter_keeps_its_gradient(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(members, "_costs_less", lambda *args: True)
+    nets, (x, y) = build(small_net, 2), table()
+    model, state = ensemble.from_modules(nets)
+    x.requires_grad_()
+    values, _ = ensemble.losses(model, state, (x, y), key=0, likelihood=Categorical())
+    (grad,) = torch.autograd.grad(values.sum(), x)
+    (expected,) = torch.autograd.grad(sum(F.cross_entropy(net(x), y) for net in nets), x)
+    assert_close(grad, expected)
+
+
+def test_a_network_that_draws_for_itself_is_not_run_in_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(members, "_costs_less", lambda *args: True)
+    monkeypatch.setattr(workers, "submit", None)
+    model, state = ensemble.from_modules(build(lambda: Noisy().double(), 2))
+    rng = torch.get_rng_state()
+    values, _ = ensemble.losses(model, state, table(), key=1, likelihood=Categorical())
+    assert values.shape == (2,)
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_much_computation_goes_to_the_cores_and_little_does_not(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(members, "run", None)
+    model, state = ensemble.from_modules(build(lambda: nn.Linear(400, 400), 3))
+    for rows, much in ((1, False), (4000, True)):
+        batch = torch.randn(rows, 400), torch.zeros(rows, dtype=torch.long)
+
+        def member(form, params, constants, i, x=batch[0]):
+            return model.apply(params, form(x))
+
+        assert (members.own_format(model, member, *state, batch) is not None) == much
+
+
+@pytest.mark.usefixtures("way")
 def test_each_member_can_have_a_batch_of_its_own():
     nets = build(conv_net, 2)
     model, state = ensemble.from_modules(nets)
@@ -254,6 +368,7 @@ def test_each_member_can_have_a_batch_of_its_own():
         assert_close(trees.index(constants, i), dict(nets[i].named_buffers()), rtol=1e-12, atol=0)
 
 
+@pytest.mark.usefixtures("way")
 def test_dropout_masks_are_a_function_of_key_and_member(caplog):
     # Members of one value each, so that they differ by their masks alone.
     net = conv_net(dropout=0.5)

@@ -1,0 +1,181 @@
+"""Training passes of ensemble members, each in a core of its own.
+
+One pass over all members at once is the fastest where little is computed. Where much is,
+convolutions above all, each member's forward and backward pass runs in a worker: its tensors
+stay in its core's cache, and only as many passes are in memory as there are cores.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcbayes.core import images, operations, trees, workers
+from funcbayes.core.model import Model
+from funcbayes.core.trees import TensorTree
+
+# A backward pass computes about twice what the forward pass does.
+_WITH_GRADIENT = 3
+
+
+Format = Callable[[Any], Any]
+
+
+def own_format(
+    model: Model,
+    member: Callable[[Format, TensorTree, dict[str, Tensor], int], Any],
+    params: TensorTree,
+    constants: dict[str, Tensor],
+    batch: Any,
+) -> Format | None:
+    """How inputs are given to passes of one member each; None where one of all is faster.
+
+    Args:
+        model: keeps the answer for inputs of the same format.
+        member: takes such a format, one member's parameters and constants, and its number, and
+            runs its forward pass; the first one's is counted the first time.
+        params: leaves `[members, *shape]`.
+        constants: by name, `[members, *shape]`.
+        batch: inputs and targets.
+    """
+    cores, num_members = torch.get_num_threads(), trees.leading_size(params)
+    if min(cores, num_members) == 1 or torch.compiler.is_compiling() or workers.bound():
+        return None
+    data = trees.tensor_leaves(batch)
+    everything = [*trees.tensor_leaves((params, constants)), *data]
+    if trees.in_transform(everything) or any(leaf.device.type != "cpu" for leaf in everything):
+        return None
+    # Gradients will be known for the parameters alone.
+    others = [*data, *trees.tensor_leaves(constants)]
+    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in others):
+        return None
+    plans = model._scratch.plans
+    autocast = torch.is_autocast_enabled("cpu")
+    key = ("members", cores, num_members, autocast, *((leaf.shape, leaf.dtype) for leaf in data))
+    if key not in plans:
+
+        def first(form: Format) -> Any:
+            return member(form, trees.index(params, 0), trees.index(constants, 0), 0)
+
+        found = _count(first, has_images=images.meet_convolutions(model, batch[0]))
+        faster = found is not None and _costs_less(found[0], num_members, cores)
+        model._scratch.remember(plans, key, found[1] if found and faster else None)
+    return plans[key]
+
+
+def _count(
+    first: Callable[[Format], Any], *, has_images: bool
+) -> tuple[operations.Counter, Format] | None:
+    """What a pass computes, in a format that it takes; None if it may not run beside others."""
+    for form in (images.channels_last, images.as_they_are)[not has_images :]:
+        counter = operations.Counter()
+        try:
+            with torch.no_grad(), counter:
+                first(form)
+        except operations.OwnRandomnessError:
+            return None  # threads would take the global generator's numbers in any order
+        except RuntimeError:
+            # A `view` that needs the usual memory format, or a fault that comes again.
+            if form is images.as_they_are:
+                raise
+        else:
+            return counter, form
+    raise AssertionError("the loop ends in a return or an error")
+
+
+def _costs_less(counter: operations.Counter, num_members: int, cores: int) -> bool:
+    one_pass = operations.PASS + operations.KERNEL * counter.kernels
+    computed = num_members * counter.operations * _WITH_GRADIENT
+    together = one_pass + computed * operations.BATCHED / (cores * operations.SHARING)
+    return operations.START + (num_members * one_pass + computed) / cores < together
+
+
+def run(
+    member: Callable[[TensorTree, dict[str, Tensor], int], tuple[Tensor, dict[str, Tensor]]],
+    params: TensorTree,
+    constants: dict[str, Tensor],
+    again: Callable[[list[Tensor]], Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Runs every member's pass in the workers, and its gradient with it where one is wanted.
+
+    Args:
+        member: takes one member's parameters and constants, and its number; gives its loss and
+            its buffers.
+        params: leaves `[members, *shape]`.
+        constants: by name, `[members, *shape]`.
+        again: the losses as a function of the leaves of `params`, by operations that autograd
+            can follow; called for second derivatives alone.
+
+    Returns:
+        The losses `[members]`, differentiable in `params`, and the buffers `[members, *shape]`.
+
+    Raises:
+        Exception: what the first member that failed raised.
+    """
+    stacks = trees.leaves(params)
+    wanted = [torch.is_grad_enabled() and leaf.requires_grad for leaf in stacks]
+    gradients = [torch.empty_like(x) if w else None for x, w in zip(stacks, wanted, strict=True)]
+
+    def one(i: int) -> tuple[Tensor, dict[str, Tensor]]:
+        own = [x[i].detach().requires_grad_(w) for x, w in zip(stacks, wanted, strict=True)]
+        mine = {name: value[i].detach() for name, value in constants.items()}
+        with torch.set_grad_enabled(any(wanted)):
+            loss, buffers = member(trees.unflatten(own, params), mine, i)
+        if any(wanted):
+            leaves = [leaf for leaf in own if leaf.requires_grad]
+            # Nothing reaches the loss where the network ignores all of them.
+            found = (
+                torch.autograd.grad(loss, leaves, allow_unused=True)
+                if loss.requires_grad
+                else [None] * len(leaves)
+            )
+            into = [stack[i] for stack in gradients if stack is not None]
+            for row, grad in zip(into, found, strict=True):
+                row.zero_() if grad is None else row.copy_(grad)
+        return trees.tensor_map(torch.Tensor.detach, (loss, buffers))
+
+    done = workers.results([workers.submit(one, i) for i in range(trees.leading_size(params))])
+    losses, buffers = trees.stack(done)
+    if any(wanted):
+        losses = _WithGradients.apply(losses, gradients, again, *stacks)
+    return losses, buffers
+
+
+class _WithGradients(torch.autograd.Function):
+    """Losses whose gradients are known already.
+
+    `apply(losses, gradients, again, *leaves)`; `again` computes the losses by operations that
+    autograd can follow, for a second derivative.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        losses: Tensor,
+        gradients: list[Tensor | None],
+        again: Callable[[list[Tensor]], Tensor],
+        *leaves: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(*leaves)
+        ctx.gradients, ctx.again = gradients, again
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (weights,) = outer
+        if torch.is_grad_enabled():
+            leaves = list(ctx.saved_tensors)
+            needed = [leaf for leaf in leaves if leaf.requires_grad]
+            found = iter(
+                torch.autograd.grad(
+                    ctx.again(leaves), needed, weights, create_graph=True, allow_unused=True
+                )
+            )
+            grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
+        else:
+            grads = [
+                None if g is None else g * weights.view(-1, *(1,) * (g.dim() - 1)).to(g.dtype)
+                for g in ctx.gradients
+            ]
+        return (None, None, None, *grads)

@@ -35,6 +35,8 @@ _WORD = 2**32
 # The most that the Box–Muller transform takes at a time: in larger blocks its steps leave the
 # cache, in smaller ones threads wait for each other's calls.
 _BLOCK_BYTES = 2**20
+# The most words for which NumPy's function of less overhead pays: it holds the interpreter's lock.
+_FEW = 2048
 # The words of random bits, unsigned and signed, that a floating number is made of.
 _WORDS: dict[Any, tuple[Any, Any]] = {
     np.float32: (np.uint32, np.int32),
@@ -189,7 +191,7 @@ class Stream:
         own = as_key(key)
         if device.type == "cpu":
             # NumPy's stubs do not know that any such object will do.
-            self.bits = np.random.SFC64(_seed_sequence(own))  # pyright: ignore[reportArgumentType]
+            self._bits = np.random.SFC64(_seed_sequence(own))  # pyright: ignore[reportArgumentType]
         else:
             self._generator = generator(own, device)
 
@@ -198,7 +200,14 @@ class Stream:
         if isinstance(out, Tensor):
             out.random_(-(2**63), None, generator=self._generator)
         else:
-            out[:] = self.bits.random_raw(len(out)).view(np.int64)
+            out[:] = self.draw(len(out)).view(np.int64)
+
+    def draw(self, num: int) -> Any:
+        """As many words, in an array of their own; on CPU."""
+        if num <= _FEW:
+            return self._bits.random_raw(num)
+        bits = np.random.Generator(self._bits)
+        return bits.integers(0, 2**64 - 1, num, dtype=np.uint64, endpoint=True)
 
     def normal(self, out: Any) -> None:
         """Fills a floating row, as `memory` gives it, with standard normal numbers.
@@ -251,7 +260,7 @@ def _fill_normal(out: Any, streams: Sequence[Stream]) -> None:
         pairs = -(-(b - a) // 2)
         for first in range(0, len(out), at_once):
             rows = slice(first, first + at_once)
-            bits = [stream.bits.random_raw(-(-2 * pairs * size // 8)) for stream in streams[rows]]
+            bits = [stream.draw(-(-2 * pairs * size // 8)) for stream in streams[rows]]
             # One row as such: of several, NumPy copies what is changed in place.
             words, part = (np.stack(bits), out[rows]) if len(bits) > 1 else (bits[0], out[first])
             words = words.view(unsigned)

@@ -3,9 +3,9 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from funcbayes.core.random import Key, KeyLike
 from funcbayes.inference import ensemble
 from funcbayes.modules import common
 from funcbayes.modules.base import BaseBayesianMethod, Moments, softmax_of_logits
-from funcbayes.posteriors import Empirical
+from funcbayes.posteriors import Draws, Empirical
+from funcbayes.posteriors.empirical import drawn_members
 
 
 class DeepEnsemble(BaseBayesianMethod):
@@ -119,12 +120,9 @@ class DeepEnsemble(BaseBayesianMethod):
         common_network = self._network.get(self.models, None, lambda: _common_network(members))
         if common_network is not None:
             model, tensors = common_network
-            # Stacked anew each time: values may change in place, and not all ways leave a trace.
-            with torch.no_grad():
-                params, constants = ({k: torch.stack(v) for k, v in t.items()} for t in tensors)
             return self._predict(
                 model,
-                Empirical(params, constants),
+                _posterior(*tensors),
                 x,
                 return_samples=return_samples,
                 normalize_output=normalize_output,
@@ -331,6 +329,8 @@ def _train_epoch(
 
 
 _Lists = dict[str, list[Tensor]]
+# Numbers that take less time to stack at once than to look after one by one.
+_STACKED_UP_TO = 2**20
 
 
 def _common_network(members: list[nn.Module]) -> tuple[Model, tuple[_Lists, _Lists]] | None:
@@ -351,6 +351,53 @@ def _common_network(members: list[nn.Module]) -> tuple[Model, tuple[_Lists, _Lis
             for name, tensor in named:
                 lists.setdefault(name, []).append(tensor.detach())
     return Model.from_module(members[0], bayesian=common.every), (params, buffers)
+
+
+def _posterior(params: _Lists, constants: _Lists) -> "Empirical | _LiveMembers":
+    """The members as they are now.
+
+    What is stacked is never kept: values may change in place, and not all ways leave a trace.
+    """
+    if sum(leaf.numel() for members in params.values() for leaf in members) > _STACKED_UP_TO:
+        return _LiveMembers(params, constants)
+    with torch.no_grad():
+        return Empirical(
+            *({k: torch.stack(v) for k, v in lists.items()} for lists in (params, constants))
+        )
+
+
+class _LiveMembers(NamedTuple):
+    """Members as a posterior that stacks no more than the samples that run together.
+
+    Attributes:
+        params: by name, one tensor a member.
+        constants: likewise.
+    """
+
+    params: _Lists
+    constants: _Lists
+
+    @property
+    def num_members(self) -> int:
+        return len(next(iter(self.params.values())))
+
+    @property
+    def draw_size(self) -> int:
+        return 0
+
+    def draw(self, key: KeyLike | None, start: int, stop: int, out: Tensor | None = None) -> Draws:
+        """Samples start … stop − 1, as `Empirical.draw` has it; one alone is not copied."""
+        rows: Sequence[int] = range(start, stop)
+        if key is not None:
+            rows = drawn_members(key, start, stop, self.num_members).tolist()
+
+        def chosen(members: list[Tensor]) -> Tensor:
+            if len(rows) == 1:
+                return members[rows[0]].detach().unsqueeze(0)
+            return torch.stack([members[i].detach() for i in rows])
+
+        params, constants = ({k: chosen(v) for k, v in t.items()} for t in self)
+        return Draws(params, constants or None, None)
 
 
 def _same_network(a: nn.Module, b: nn.Module) -> bool:

@@ -150,6 +150,8 @@ class VariationalBayesNN(SamplingMethod):
         self.layers = nn.ModuleList(
             GaussianLinear(n_in, n_out, prior_std) for n_in, n_out in pairwise(sizes)
         )
+        # One for good: it keeps plans and memory from one prediction to the next.
+        self._model = Model(apply=_relu_network, params=self._detached_means())
 
     def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """One draw of the network, from torch's global generator.
@@ -226,7 +228,13 @@ class VariationalBayesNN(SamplingMethod):
     def _functional(self) -> tuple[Model, vi.ViState]:
         states = [layer._state() for layer in self._layers()]
         state = vi.ViState([s.mean for s in states], [s.rho for s in states])
-        return Model(apply=_relu_network, params=trees.tensor_map(Tensor.detach, state.mean)), state
+        # Looked up anew: tensors are others after `.to()`.
+        self._model.params = self._detached_means()
+        return self._model, state
+
+    def _detached_means(self) -> list[dict[str, Tensor]]:
+        means = [layer._state().mean for layer in self._layers()]
+        return trees.tensor_map(Tensor.detach, means)
 
 
 def _relu_network(params: list[dict[str, Tensor]], x: Tensor) -> Tensor:

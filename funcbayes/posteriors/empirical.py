@@ -65,14 +65,16 @@ class Empirical(NamedTuple):
         elif key is None:
             rows = trees.tensor_map(lambda x: x[start:stop], both)
         else:
-            members = self._members(key, start, stop)
+            members = drawn_members(key, start, stop, self.num_members)
             rows = trees.tensor_map(lambda x: x.index_select(0, members.to(x.device)), both)
         return Draws(rows[0], rows[1] or None, None)
 
-    def _members(self, key: KeyLike, start: int, stop: int) -> Tensor:
-        num = self.num_members
-        first, last = start // num, -(-stop // num)
-        # One cycle more than needed where the range is empty: `cat` wants something.
-        cycles = range(first, max(last, first + 1))
-        orders = torch.cat([random.permutation(random.fold_in(key, c), num) for c in cycles])
-        return orders[start - first * num : stop - first * num]
+
+def drawn_members(key: KeyLike, start: int, stop: int, num_members: int) -> Tensor:
+    """Numbers of the members that are samples start … stop − 1: an order a cycle, each anew."""
+    num = num_members
+    first, last = start // num, -(-stop // num)
+    # One cycle more than needed where the range is empty: `cat` wants something.
+    cycles = range(first, max(last, first + 1))
+    orders = torch.cat([random.permutation(random.fold_in(key, c), num) for c in cycles])
+    return orders[start - first * num : stop - first * num]

@@ -333,7 +333,7 @@ def _check(
     elif hasattr(posterior, "mean"):
         trees.check_like(posterior.mean, model.params, name="posterior.mean")
     if num_samples is None:
-        if not isinstance(posterior, Empirical):
+        if not hasattr(posterior, "num_members"):
             raise ValueError(
                 "`num_samples` is None, expected a number: only an Empirical posterior (an"
                 " ensemble) has a number of members of its own"

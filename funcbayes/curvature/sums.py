@@ -580,10 +580,7 @@ class _Sums:
         if not any(self.accumulators):
             self._losses_only(plan, x, y, size)
             return plan
-        with torch.no_grad():
-            one = trees.tensor_map(lambda t: t[:1], extra)
-            num_columns = trees.tensor_leaves(columns(plan.outputs, one))[0].shape[0]
-        step = problem.chunk_size or _data_at_a_time(plan, num_columns)
+        step = problem.chunk_size or _data_at_a_time(plan, self._num_columns(y))
         plan = perturbation.examine(
             problem.model, problem.leaves, plan, x, extra, problem.constants, columns
         )
@@ -633,6 +630,16 @@ class _Sums:
             )
 
         return combined, (y, noise)
+
+    def _num_columns(self, y: Any) -> int:
+        """How many columns `_columns` sends back."""
+        problem = self.problem
+        if problem.kind == "empirical_fisher":
+            return 1
+        if problem.num_samples is not None:
+            return problem.num_samples
+        one = trees.tensor_map(lambda t: t[:1], y)
+        return hessian_root(problem.likelihood, self.example, one).shape[0]
 
     def _outputs(self, x: Any, size: int) -> Any:
         """The model's outputs, a datum as a batch of one where batches may not be run whole."""
@@ -717,8 +724,16 @@ class _Sums:
 
 def _slope(likelihood: Likelihood, outputs: Any, y: Any) -> Any:
     """The gradient of each datum's loss in the outputs."""
+
+    def loss(outputs: Any) -> Tensor:
+        return likelihood.nll(outputs, y).sum()
+
     with torch.enable_grad():
-        return torch.func.grad(lambda outputs: likelihood.nll(outputs, y).sum())(outputs)
+        if not isinstance(outputs, Tensor) or trees.in_transform((outputs, y)):
+            return torch.func.grad(loss)(outputs)
+        # A quarter of the time, where no transform is to see it.
+        leaf = outputs.detach().requires_grad_()
+        return torch.autograd.grad(loss(leaf), leaf)[0]
 
 
 def _gradients(

@@ -207,13 +207,14 @@ class KeyedDropout(uses.Interpreter):
         streams = self._streams.get(device)
         if streams is None:
             streams = self._streams[device] = [random.Stream(key, device) for key in keys]
-        rows = random.memory((len(streams), words), torch.int64, device)
 
         def fill(start: int, stop: int) -> None:
             for i in range(start, stop):
                 streams[i].words(rows[i])
 
-        workers.over_rows(fill, len(streams), words, device)
+        with random.outside(device):
+            rows = random.memory((len(streams), words), torch.int64, device)
+            workers.over_rows(fill, len(streams), words, device)
         return random.tensor(rows)
 
 

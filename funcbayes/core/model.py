@@ -8,7 +8,7 @@ and never has a tensor swapped, and its weights exist once.
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -287,13 +287,13 @@ class _ModuleModel(Model):
             yield
         finally:
             with _unobserved():
-                for name, (alias, values) in before.items():
-                    tensor = tensors[name]
-                    if tensor.data_ptr() != alias.data_ptr():
-                        tensor.data = alias
+                for name, (alias, _) in before.items():
+                    if tensors[name].data_ptr() != alias.data_ptr():
+                        tensors[name].data = alias
                         found.append(name)
-                    same = (alias == values) | (alias.isnan() & values.isnan())
-                    if not same.all():
+                for name, same in zip(before, _unchanged(before.values()), strict=True):
+                    if not same:
+                        alias, values = before[name]
                         # An inference tensor may be written to in that mode only.
                         with torch.inference_mode(alias.is_inference()):
                             alias.copy_(values)
@@ -385,6 +385,12 @@ def _unobserved() -> Iterator[None]:
     """Hides torch operations from the modes around, which look at those of the network."""
     with torch._C.DisableTorchFunction(), _disable_current_modes():
         yield
+
+
+def _unchanged(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Whether each tensor still has the values that it had; waits for a device once."""
+    same = [((now == then) | (now.isnan() & then.isnan())).all() for now, then in pairs]
+    return torch.stack([flag.to(same[0].device) for flag in same]).tolist() if same else []
 
 
 def _foreign_buffers(net: nn.Module) -> list[str]:

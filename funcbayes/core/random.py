@@ -14,6 +14,7 @@ Source:
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -22,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from funcbayes.core import workers
 
@@ -293,6 +295,17 @@ def _box_muller(lengths: Any, angles: Any, out: Any) -> None:
     sines *= radius[..., :whole]
 
 
+def outside(device: torch.device) -> AbstractContextManager[Any]:
+    """Draws here are no operations that `vmap` or `grad` around them see.
+
+    NumPy's, on CPU, never are. Elsewhere `vmap` would refuse torch's, or draw for each entry
+    what a key gives once.
+    """
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return nullcontext()
+    return temporarily_clear_interpreter_stack()
+
+
 def memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
     """Memory that a stream may fill: an array on CPU, a tensor elsewhere.
 
@@ -312,7 +325,7 @@ def tensor(filled: Any) -> Tensor:
     return (
         torch.from_numpy(filled)
         if filled.size
-        else torch.empty(filled.shape, dtype=_OF[filled.dtype.type])
+        else torch.empty(filled.shape, dtype=_OF[filled.dtype.type], device="cpu")
     )
 
 
@@ -323,13 +336,14 @@ def normal(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Float[Tensor, "..."]:
-    """Standard normal numbers of the given shape.
+    """Standard normal numbers of the given shape; inside `vmap`, the same for all entries.
 
     In a dtype narrower than float32 they are those of float32 on CPU, rounded.
     """
     dtype, device = dtype or torch.get_default_dtype(), torch.device(device or "cpu")
-    row = memory([math.prod(shape)], _drawn(dtype, device), device)
-    Stream(key, device).normal(row)
+    with outside(device):
+        row = memory([math.prod(shape)], _drawn(dtype, device), device)
+        Stream(key, device).normal(row)
     return tensor(row).view(tuple(shape)).to(dtype)
 
 
@@ -402,7 +416,8 @@ def normal_rows(
 ) -> Float[Tensor, "rows num"]:
     """Standard normal numbers, one stream a row: row i depends on `(key, start + i)` alone.
 
-    This is what makes a posterior sample independent of the chunk it is drawn in.
+    This is what makes a posterior sample independent of the chunk it is drawn in. Inside `vmap`
+    they are the same for all entries.
 
     Args:
         key: the parent key; row i is drawn from `fold_in(key, start + i)`. Of a coupled key, so
@@ -431,7 +446,8 @@ def normal_rows(
         raise ValueError(f"`out` has shape {tuple(out.shape)}, expected {shape}")
     drawn = _drawn(dtype, device)
     if out is None or drawn != dtype:
-        rows = memory(shape, drawn, device)
+        with outside(device):
+            rows = memory(shape, drawn, device)
     else:
         rows = out.detach().numpy() if device.type == "cpu" else out
 
@@ -454,7 +470,8 @@ def normal_rows(
             for row, stream in zip(into, streams, strict=True):
                 stream.normal(row)
 
-    workers.over_rows(fill, len(rows), num, device)
+    with outside(device):
+        workers.over_rows(fill, len(rows), num, device)
     if out is None:
         return tensor(rows).to(dtype)
     return out if drawn == dtype else out.copy_(tensor(rows))

@@ -252,7 +252,9 @@ def batchable() -> Interpreter:
     interpreter = Interpreter(rules)
 
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if input.dim() < 2 or not trees.in_transform(weight):
+        # A compiler finds a way of its own, and cannot trace the question.
+        plain = torch.compiler.is_compiling() or input.dim() < 2
+        if plain or not trees.in_transform(weight):
             return F.linear(input, weight, bias)
         flat = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
         if torch.is_grad_enabled():

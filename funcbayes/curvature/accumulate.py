@@ -258,7 +258,7 @@ class _Rows(Accumulator):
 class _Kronecker(Accumulator):
     def __init__(self, leaf: Tensor, dtype: torch.dtype, sharing: str) -> None:
         self.leaf, self.dtype, self.reduced = leaf, dtype, sharing == "reduce"
-        self.inputs = self.outputs = torch.empty(0)
+        self.inputs = self.outputs = leaf.new_empty(0)
         self.count = 0
         self.transposed = False
 
@@ -284,7 +284,7 @@ class _Kronecker(Accumulator):
                 self.outputs.baddbmm_(g.mT, g)
 
     def block(self) -> KroneckerBlock:
-        count = torch.tensor(float(self.count), dtype=self.dtype, device=self.leaf.device)
+        count = torch.full((), self.count, dtype=self.dtype, device=self.leaf.device)
         inputs, outputs = _symmetric(self.inputs), _symmetric(self.outputs)
         if self.transposed:
             inputs, outputs = outputs, inputs

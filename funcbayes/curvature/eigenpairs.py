@@ -125,7 +125,7 @@ def top_eigenpairs(
     # that of `basis` and `block`; `projected` is H within `basis`.
     basis = torch.empty(limit, size, dtype=dtype, device=device)
     block = _random_rows(width, size, dtype, device)
-    projected = torch.zeros(0, 0, dtype=torch.float64)
+    projected = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
     kept, num_products, num_vectors, smallest = 0, 0, 0, float("inf")
     while True:
         new = len(block)

@@ -12,6 +12,7 @@ another, and if it is known which axis of each use is that of the data. Both are
 running two data both ways.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -111,6 +112,7 @@ class Plan(NamedTuple):
         unbatchable: whether vmap has turned out to have no rule for the model.
         layout: how to run whole batches; None where that is not possible, or not known.
         examined: whether `layout` is known.
+        recurrent: whether recurrent layers that cuDNN computes are to be differentiated.
     """
 
     uses: tuple[Use, ...]
@@ -122,6 +124,7 @@ class Plan(NamedTuple):
     unbatchable: bool
     layout: Layout | None
     examined: bool
+    recurrent: bool
 
 
 class Gradients(NamedTuple):
@@ -196,7 +199,9 @@ class _Recorder(uses.Interpreter):
             return parts(*args, **kwargs)
 
 
-def discover(model: Model, leaves: Sequence[Tensor], x: Any, constants: Any) -> Plan:
+def discover(
+    model: Model, leaves: Sequence[Tensor], x: Any, constants: Any, *, recurrent: bool = False
+) -> Plan:
     """Finds every known use of every parameter in the forward pass of one datum.
 
     A leaf takes the general path if the outputs depend on it in any other way. That is asked
@@ -209,6 +214,7 @@ def discover(model: Model, leaves: Sequence[Tensor], x: Any, constants: Any) -> 
         leaves: its parameters, in order; plain tensors.
         x: inputs of one datum, a batch of one.
         constants: replaces the model's constants.
+        recurrent: whether it is known already that the plan's `recurrent` is True.
     """
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     found: list[tuple[Use, Tensor, int]] = []
@@ -245,8 +251,11 @@ def discover(model: Model, leaves: Sequence[Tensor], x: Any, constants: Any) -> 
 
     numbers = {id(leaf): number for number, leaf in enumerate(leaves)}
     counting = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-    with with_graph(leaves[0].device), _Recorder(numbers, on_use, on_unknown), counting:
+    graph = with_graph(leaves[0].device, recurrent=recurrent)
+    with graph, _Recorder(numbers, on_use, on_unknown), counting:
         outputs = model.apply(trees.unflatten(leaves, model.params), x, constants)
+    if not recurrent and meets_cudnn_recurrence(outputs):
+        return discover(model, leaves, x, constants, recurrent=True)
     roots = [leaf for leaf in trees.tensor_leaves(outputs) if leaf.requires_grad]
     reached = (
         torch.autograd.grad(roots, leaves, [r.detach() for r in roots], allow_unused=True)
@@ -283,6 +292,7 @@ def discover(model: Model, leaves: Sequence[Tensor], x: Any, constants: Any) -> 
         unbatchable=False,
         layout=None,
         examined=bool(general) or not known,
+        recurrent=recurrent,
     )
 
 
@@ -409,7 +419,7 @@ def without_rules(plan: Plan, num_leaves: int) -> Plan:
 def _by_autograd(model, leaves, plan, x, extra, constants, columns) -> Gradients:
     """One datum, without a transform."""
     run = _Pass(model, leaves, plan, constants)
-    with with_graph(leaves[0].device):
+    with with_graph(leaves[0].device, recurrent=plan.recurrent):
         epsilon = [torch.zeros_like(use.output, requires_grad=True) for use in plan.uses]
         general = [leaves[number].detach().requires_grad_() for number in plan.general]
         outputs, recorded = run(x, general, _plus(epsilon), alone=True)
@@ -465,7 +475,7 @@ def _whole_batch(
         versions.append(node._version)
         return node.clone() if copies else node
 
-    with with_graph(leaves[0].device):
+    with with_graph(leaves[0].device, recurrent=plan.recurrent):
         outputs, recorded = _Pass(model, leaves, plan, constants)(x, (), mark, alone=False)
         if [node._version for node in nodes] != versions:
             # Autograd would differentiate to what it was overwritten with.
@@ -540,10 +550,15 @@ def examine(
     plan = plan._replace(examined=True)
     for copies in (False, True):
         try:
-            whole = _whole_batch(model, leaves, plan, x, extra, constants, columns, copies=copies)
-            # Under vmap, so that a model that looks at values, and might do otherwise on other
-            # data, is found out.
-            each = gradients_by_vmap(model, leaves, plan, x, extra, constants, columns)
+            # cuDNN may take another algorithm for each, and round to 10 bits in either (TF32):
+            # more than the two may differ by.
+            with without_cudnn(leaves[0].device):
+                whole = _whole_batch(
+                    model, leaves, plan, x, extra, constants, columns, copies=copies
+                )
+                # Under vmap, so that a model that looks at values, and might do otherwise on
+                # other data, is found out.
+                each = gradients_by_vmap(model, leaves, plan, x, extra, constants, columns)
         except (RuntimeError, NotImplementedError, ValueError, IndexError) as error:
             if is_out_of_memory(error):
                 raise
@@ -627,13 +642,65 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
-def with_graph(device: torch.device) -> ExitStack:
-    """Gradients on. cuDNN is off: it refuses to differentiate recurrent layers in eval mode."""
+def with_graph(device: torch.device, *, recurrent: bool = True) -> ExitStack:
+    """Gradients on.
+
+    Args:
+        device: of the model.
+        recurrent: whether there may be recurrent layers: cuDNN is off then, which refuses to
+            differentiate them in evaluation mode.
+    """
     stack = ExitStack()
     stack.enter_context(torch.enable_grad())
-    if device.type == "cuda":
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+    if recurrent:
+        stack.enter_context(without_cudnn(device))
     return stack
+
+
+# What each pass that is without cuDNN found the setting to be, the first one's first.
+_found_cudnn: list[bool] = []
+_cudnn_lock = threading.Lock()
+
+
+@contextmanager
+def without_cudnn(device: torch.device) -> Iterator[None]:
+    """Without cuDNN, or AMD's MIOpen, where the device is CUDA's.
+
+    The setting is the whole process's: the last of the threads that are inside puts it back.
+    Nothing else is set: `torch.backends.cudnn.flags` sets determinism and precision as well, and
+    raises an error where `torch.backends.fp32_precision` was set before.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with _cudnn_lock:
+        _found_cudnn.append(torch.backends.cudnn.enabled)
+        torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        with _cudnn_lock:
+            before = _found_cudnn.pop()
+            if not _found_cudnn:
+                torch._C._set_cudnn_enabled(before)
+
+
+def meets_cudnn_recurrence(outputs: Any) -> bool:
+    """Whether autograd goes from the outputs through recurrent layers that cuDNN computed.
+
+    The graph knows it of scripted layers, too, which no mode sees.
+    """
+    waiting = [leaf.grad_fn for leaf in trees.tensor_leaves(outputs)]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().startswith(("CudnnRnn", "MiopenRnn")):
+            return True
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return False
 
 
 def plain(tree: Any) -> Any:

@@ -16,7 +16,7 @@ Source:
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -348,11 +348,13 @@ class _Plan(NamedTuple):
         outputs: those of one datum.
         bytes_per_datum: memory of what a backward pass of one datum needs.
         looped: whether torch lacks a rule for the batched pass.
+        recurrent: whether recurrent layers that cuDNN computes are to be differentiated.
     """
 
     outputs: Any
     bytes_per_datum: int
     looped: bool
+    recurrent: bool
 
 
 def _problem(
@@ -505,7 +507,7 @@ def _part_products(
     done = 0
     if not plan.looped:
         try:
-            with _twice_differentiable(problem.device):
+            with _twice_differentiable(problem.device, recurrent=plan.recurrent):
                 multiply = _batched(problem, *part)
                 for start in range(0, num_columns, width):
                     stop = min(start + width, num_columns)
@@ -523,7 +525,8 @@ def _part_products(
                 "no batched curvature products for this model (%s): columns run one by one", reason
             )
             plan = plan._replace(looped=True)
-    with _twice_differentiable(problem.device), torch.enable_grad():
+    differentiable = _twice_differentiable(problem.device, recurrent=plan.recurrent)
+    with differentiable, torch.enable_grad():
         multiply = _looped(problem, *part)
         for start in range(done, num_columns, width):
             stop = min(start + width, num_columns)
@@ -665,13 +668,15 @@ def _discover(problem: _Problem, x: Any) -> _Plan:
         return tensor
 
     counting = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-    with _twice_differentiable(problem.device), torch.enable_grad(), counting:
+    differentiable = _twice_differentiable(problem.device, recurrent=False)
+    with differentiable, torch.enable_grad(), counting:
         outputs = problem.outputs(weights, x)
     heads = sum(t.numel() * t.element_size() for t in trees.tensor_leaves(outputs))
     return _Plan(
         outputs=trees.tensor_map(Tensor.detach, outputs),
         bytes_per_datum=sum(saved.values()) + heads,
         looped=False,
+        recurrent=perturbation.meets_cudnn_recurrence(outputs),
     )
 
 
@@ -721,16 +726,18 @@ def _as_rows(columns: Columns, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _twice_differentiable(device: torch.device) -> Iterator[None]:
+def _twice_differentiable(device: torch.device, *, recurrent: bool) -> Iterator[None]:
     """Without kernels that cannot be differentiated twice, forward or under vmap.
 
     Those of attention, embeddings and weight norm are replaced; cuDNN's recurrent ones need
     training mode.
+
+    Args:
+        device: of the model.
+        recurrent: whether there are any.
     """
-    with ExitStack() as stack:
-        stack.enter_context(uses.Interpreter({**uses.batchable().rules, **_RULES}))
-        if device.type == "cuda":
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+    without = perturbation.without_cudnn(device) if recurrent else nullcontext()
+    with uses.Interpreter({**uses.batchable().rules, **_RULES}), without:
         yield
 
 

@@ -321,8 +321,9 @@ def curvature_sums(
     _check_per_output(per_output_noise, likelihood, curvature, structure)
     if _passes(structure, curvature):
         check_reiterable(data)
-    trees.check_finite(model.params, name="params")
-    trees.check_finite(model.constants, name="constants")
+    if not trees.is_finite((model.params, model.constants)):
+        trees.check_finite(model.params, name="params")
+        trees.check_finite(model.constants, name="constants")
     with perturbation.undisturbed():
         leaves = [perturbation.plain(leaf) for leaf in trees.leaves(model.params)]
         constants = None
@@ -356,12 +357,13 @@ def curvature_sums(
         elif curvature == "hessian":
             blocks[group.names] = _hessian_block(problem, group, data)
     with perturbation.undisturbed():
-        device = leaves[0].device
-        count = torch.tensor(sums.num_data, device=device)
+        count = torch.full((), sums.num_data, device=leaves[0].device)
         noise = sums.noise(per_output=per_output_noise)
-    # A finite loss may have an infinite slope: the root of an output that is zero, for one.
-    for own, block in blocks.items():
-        check_curvature(own, block, likelihood)
+    # A finite loss may have an infinite slope: the root of an output that is zero, for one. All
+    # blocks at once, so that a device is waited for once; one by one only to name the bad one.
+    if not trees.is_finite(list(blocks.values())):
+        for own, block in blocks.items():
+            check_curvature(own, block, likelihood)
     ordered = {group.names: blocks[group.names] for group in sums.groups}
     return CurvatureSums(Curvature(ordered), sums.loss, count, noise)
 
@@ -374,7 +376,8 @@ def _low_rank(
     for output in range(num_outputs or 1):
         weights = None
         if num_outputs is not None:
-            weights = (torch.arange(width) % num_outputs == output).to(problem.dtype)
+            places = torch.arange(width, device=problem.leaves[0].device)
+            weights = (places % num_outputs == output).to(problem.dtype)
         operator = CurvatureOperator(
             problem.model,
             data,
@@ -690,8 +693,8 @@ class _Sums:
         return (
             std.clone(),
             self.squared_error,
-            torch.tensor(num, device=like.device),
-            torch.tensor(power, dtype=like.dtype, device=like.device),
+            torch.full((), num, device=like.device),
+            torch.full_like(like, power),
         )
 
     def _contract(self, plan: Plan, gradients: Gradients) -> None:

@@ -86,7 +86,7 @@ def fit_temperature(
     dtype = torch.promote_types(outputs.dtype, torch.float32)
     if scale == 0:
         _warn("every temperature fits alike, because the outputs of each row are all the same")
-        return torch.tensor(start, dtype=dtype, device=outputs.device)
+        return torch.full((), start, dtype=dtype, device=outputs.device)
     # In units of the largest margin nothing overflows.
     loss = _loss(margins / scale)
     low, high = bounds
@@ -108,7 +108,7 @@ def fit_temperature(
             "data that the network was not trained on"
         )
     temperature = min(max(scale / best.inverse, low), high)
-    return torch.tensor(temperature, dtype=dtype, device=outputs.device)
+    return torch.full((), temperature, dtype=dtype, device=outputs.device)
 
 
 class _Point(NamedTuple):

@@ -127,7 +127,8 @@ def losses(
 ) -> tuple[Float[Tensor, " members"], dict[str, Tensor]]:
     """Each member's mean negative log likelihood on a batch, in training mode.
 
-    One vectorised pass over all members; a model that vmap cannot batch is looped over.
+    One vectorised pass over all members, or, on CPU where each computes much, a pass a core, in
+    which its gradient is taken as well. A model that vmap cannot batch is looped over.
 
     Args:
         model: the model that `init` or `from_modules` returned. Not modified.
@@ -288,8 +289,10 @@ def _losses(
         keyed = not torch.compiler.is_compiling()
         with seeded(key, index.device) if keyed else nullcontext():
             outputs, buffers = map_samples(member, *stacks, keyed=keyed, quiet=quiet)
-        for i in range(num_members if per_member else 1):
-            likelihood.check(trees.index(outputs, i), targets[i] if per_member else targets)
+        if per_member:
+            _check_each(likelihood, outputs, targets, num_members)
+        else:
+            likelihood.check(trees.index(outputs, 0), targets)
         in_dims = (0, 0 if per_member else None)
         nll = torch.vmap(likelihood.nll, in_dims=in_dims)(outputs, targets)
         return nll.mean(1), trees.tensor_map(torch.Tensor.detach, buffers)
@@ -312,6 +315,18 @@ def _losses(
             partial(alone, form), state.params, state.constants, lambda new: together(new)[0]
         )
     return losses, {**state.constants, **buffers}
+
+
+def _check_each(likelihood: Likelihood, outputs: Any, targets: Any, num_members: int) -> None:
+    """Refuses outputs and targets that do not belong together, of any member."""
+    if all(isinstance(x, Tensor) and x.dim() > 1 for x in (outputs, targets)):
+        # A check waits for a device: once, where nothing is wrong.
+        try:
+            return likelihood.check(outputs.flatten(0, 1), targets.flatten(0, 1))
+        except (TypeError, ValueError):
+            pass  # the member's own check says what, of its own shapes
+    for i in range(num_members):
+        likelihood.check(trees.index(outputs, i), targets[i])
 
 
 # Each treats every number by itself (with scalars such as the step that all share).
@@ -367,7 +382,7 @@ def _is_elementwise(factory: Callable[[list[Tensor]], Optimizer]) -> bool:
             steps.step()
         return leaf.detach()
 
-    pair = torch.linspace(-1, 3, 24, dtype=torch.float64).reshape(2, 3, 4)
+    pair = torch.linspace(-1, 3, 24, dtype=torch.float64, device="cpu").reshape(2, 3, 4)
     # An optimizer of any origin may raise anything on a tensor or a step that it cannot take.
     try:
         whole, parts = train(pair), torch.stack([train(one) for one in pair])

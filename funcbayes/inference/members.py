@@ -39,8 +39,10 @@ def own_format(
         constants: by name, `[members, *shape]`.
         batch: inputs and targets.
     """
+    if torch.compiler.is_compiling() or workers.bound():
+        return None
     cores, num_members = torch.get_num_threads(), trees.leading_size(params)
-    if min(cores, num_members) == 1 or torch.compiler.is_compiling() or workers.bound():
+    if min(cores, num_members) == 1:
         return None
     data = trees.tensor_leaves(batch)
     everything = [*trees.tensor_leaves((params, constants)), *data]

@@ -240,12 +240,16 @@ def posterior(
     rank = trees.leaves(state.deviations)[0].shape[0]
     root_scale = math.sqrt((0.5 if rank else 1.0) if scale is None else scale)
 
+    # Once a device, not once a leaf.
+    devices = {leaf.device for leaf in trees.leaves(state.mean)}
+    counts = {device: state.count.to(device) for device in devices}
+
     def deviation(s: Tensor, d: Tensor) -> Tensor:
-        variance = s / state.count.to(s.device)
+        variance = s / counts[s.device]
         return (root_scale * variance.clamp(min=var_clamp).sqrt()).to(d.dtype)
 
     def column(d: Tensor, m: Tensor) -> Tensor:
-        kept = state.count.to(d.device, m.dtype).clamp(max=rank)
+        kept = counts[d.device].to(m.dtype).clamp(max=rank)
         # One iterate deviates from its own mean by zero, so any divisor will do.
         return (d.to(m.dtype) * (root_scale * (kept - 1).clamp(min=1).rsqrt())).to(d.dtype)
 

@@ -65,7 +65,7 @@ def check_module(value: Any, name: str = "model") -> None:
 
 def draw_key() -> Key:
     """A key from torch's global generator, which moves on."""
-    return random.key(int(torch.randint(2**63 - 1, ())))
+    return random.key(int(torch.randint(2**63 - 1, (), device="cpu")))
 
 
 def key_or_draw(key: KeyLike | None) -> Key:

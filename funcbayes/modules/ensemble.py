@@ -283,7 +283,7 @@ def _predict_one_by_one(
     num_samples: int | None,
 ) -> Moments:
     if key is not None and num_samples is not None:
-        order = Empirical({"member": torch.arange(len(members))}, {})
+        order = Empirical({"member": torch.arange(len(members), device="cpu")}, {})
         chosen = order.sample(key, num_samples)["member"].tolist()
     else:
         chosen = range(len(members))

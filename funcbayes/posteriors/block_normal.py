@@ -10,8 +10,8 @@ from torch import Tensor
 from funcbayes.core import random, trees
 from funcbayes.core.random import RowsKey
 from funcbayes.core.trees import TensorTree
-from funcbayes.posteriors.base import Draws, check_num_samples, noise_format, noise_rows
-from funcbayes.posteriors.factors import Factor
+from funcbayes.posteriors.base import Draws, check_num_samples, draw_rows, noise_format, noise_rows
+from funcbayes.posteriors.factors import DiagonalFactor, Factor
 
 
 class BlockNormal(NamedTuple):
@@ -59,21 +59,27 @@ class BlockNormal(NamedTuple):
     def draw(self, key: RowsKey, start: int, stop: int, out: Tensor | None = None) -> Draws:
         """Samples start … stop − 1, as `Posterior.draw` has it."""
         groups, means = self._groups(), trees.leaves(self.mean)
-        noise = noise_rows(self.mean, key, start, stop, self.draw_size, out)
-        columns = noise.split([mean.numel() for mean in means], dim=1)
-        samples: list[Any] = [None] * len(means)
-        for group in groups:
-            z = _joined(noise, columns, group)
-            deviations = group.factor.scale(z).split(group.sizes, dim=1)
-            for leaf, deviation in zip(group.leaves, deviations, strict=True):
-                mean = means[leaf]
-                shift = deviation.view(stop - start, *mean.shape)
-                if out is not None and mean.dtype == noise.dtype:
-                    target = columns[leaf].view(shift.shape)
-                    samples[leaf] = torch.add(mean, shift, out=target)
-                else:
-                    samples[leaf] = (mean + shift).to(mean.dtype)
-        return Draws(trees.unflatten(samples, self.mean), None, None)
+
+        def rows(start: int, stop: int, out: Tensor | None) -> TensorTree:
+            noise = noise_rows(self.mean, key, start, stop, self.draw_size, out)
+            columns = noise.split([mean.numel() for mean in means], dim=1)
+            samples: list[Any] = [None] * len(means)
+            for group in groups:
+                z = _joined(noise, columns, group)
+                scaled = _scaled_in_place(group.factor, z) if out is not None else None
+                scaled = group.factor.scale(z) if scaled is None else scaled
+                deviations = scaled.split(group.sizes, dim=1)
+                for leaf, deviation in zip(group.leaves, deviations, strict=True):
+                    mean = means[leaf]
+                    shift = deviation.view(stop - start, *mean.shape)
+                    if out is not None and mean.dtype == noise.dtype:
+                        target = columns[leaf].view(shift.shape)
+                        samples[leaf] = torch.add(mean, shift, out=target)
+                    else:
+                        samples[leaf] = (mean + shift).to(mean.dtype)
+            return trees.unflatten(samples, self.mean)
+
+        return Draws(draw_rows(rows, self.mean, start, stop, out), None, None)
 
     def log_prob(self, params: TensorTree) -> Float[Tensor, ""]:
         """The log density at `params`, in nats, taken in float64.
@@ -153,6 +159,13 @@ class _Group(NamedTuple):
     factor: Factor
     leaves: list[int]
     sizes: list[int]
+
+
+def _scaled_in_place(factor: Factor, z: Tensor) -> Tensor | None:
+    """`factor.scale(z)` in the memory of z; None where there is another for it."""
+    if isinstance(factor, DiagonalFactor) and z.dtype == factor.std.dtype:
+        return z.mul_(factor.std)
+    return None
 
 
 def _joined(noise: Tensor, columns: "tuple[Tensor, ...]", group: _Group) -> Tensor:

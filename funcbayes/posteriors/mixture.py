@@ -135,5 +135,5 @@ def mixture(
         raise ValueError(
             f"`weights` is {values}, expected {len(components)} positive numbers, one a component"
         )
-    total = sum(values)
-    return Mixture(components, torch.tensor([w / total for w in values], dtype=torch.float64))
+    shares = [w / sum(values) for w in values]
+    return Mixture(components, torch.tensor(shares, dtype=torch.float64, device="cpu"))

@@ -11,27 +11,23 @@ Source:
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from funcbayes.core import trees, uses
+from funcbayes.core import trees
 from funcbayes.core.data import batch_size
 from funcbayes.core.model import Model
 from funcbayes.core.random import Coupled, Key
 from funcbayes.core.trees import TensorTree
 from funcbayes.curvature import contractions
-from funcbayes.curvature.perturbation import plain, with_graph
 from funcbayes.posteriors import BlockNormal, Diagonal, Draws, LowRank
 from funcbayes.posteriors.base import noise_rows
 from funcbayes.posteriors.diagonal import shift_scale
 from funcbayes.posteriors.factors import DiagonalFactor
-from funcbayes.prediction import planner
-
-_AFFINE = (contractions.Linear, contractions.Conv, contractions.Added)
+from funcbayes.prediction import affine, planner
 
 
 class Noise(NamedTuple):
@@ -142,74 +138,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# -- Uses ----------------------------------------------------------------------------------
-
-
-class _Call(NamedTuple):
-    """A call that is affine in its parameters.
-
-    Attributes:
-        func: the function.
-        rule: its family.
-        arguments: its arguments by name, the parameters under "weight" and "bias".
-        weight: number of the leaf that "weight" is; None: no uncertain parameter.
-        bias: likewise.
-    """
-
-    func: Callable[..., Tensor]
-    rule: contractions.Rule
-    arguments: contractions.Arguments
-    weight: int | None
-    bias: int | None
-
-    def output(self, **replaced: Any) -> Tensor:
-        """What the call gives, with other arguments in the place of its own."""
-        return self.rule.forward(self.func, {**self.arguments, **replaced})[1]
-
-
-class _Uses(uses.Interpreter):
-    """Answers each call that is affine in leaves of known numbers by `_answer`."""
-
-    def __init__(self, numbers: dict[int, int]) -> None:
-        rules: dict[Callable[..., Any], uses.Rule] = {
-            func: self._rule(func)
-            for func, (rule, _) in contractions.RULES.items()
-            if isinstance(rule, _AFFINE)
-        }
-        rules[F.multi_head_attention_forward] = self._multi_head_attention
-        super().__init__(rules)
-        self.numbers = numbers
-
-    def _answer(self, call: _Call) -> Tensor:
-        raise NotImplementedError
-
-    def _unknown(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        return func(*args, **kwargs)
-
-    def _is_leaf(self, value: Any) -> bool:
-        return id(value) in self.numbers
-
-    def _rule(self, func: Callable[..., Any]) -> uses.Rule:
-        def rule(*args: Any, **kwargs: Any) -> Any:
-            if not any(map(self._is_leaf, (*args, *kwargs.values()))):
-                return func(*args, **kwargs)
-            found = contractions.bind(func, args, kwargs, self._is_leaf)
-            if found is None or self._is_leaf(found[1]["input"]):
-                return self._unknown(func, args, kwargs)
-            known, arguments = found
-            weight, bias = (self.numbers.get(id(arguments[name])) for name in ("weight", "bias"))
-            return self._answer(_Call(func, known, arguments, weight, bias))
-
-        return rule
-
-    def _multi_head_attention(self, *args: Any, **kwargs: Any) -> Any:
-        if not any(map(self._is_leaf, (*args, *kwargs.values()))):
-            return F.multi_head_attention_forward(*args, **kwargs)
-        with self:
-            return uses.multi_head_attention(*args, **kwargs)
-
-
-class _Sampler(_Uses):
+class _Sampler(affine.Uses):
     """Draws the output of every use.
 
     Args:
@@ -232,7 +161,7 @@ class _Sampler(_Uses):
         self.shared = shared
         self.done = 0
 
-    def _answer(self, call: _Call) -> Tensor:
+    def answer(self, call: affine.Call) -> Tensor:
         if self.done == len(self.noise):
             _refuse_other_uses()
         noise = self.noise[self.done]
@@ -242,7 +171,7 @@ class _Sampler(_Uses):
             _refuse_other_uses()
         return torch.addcmul(mean, std, noise).to(mean.dtype)
 
-    def _moments(self, call: _Call) -> tuple[Tensor, Tensor]:
+    def _moments(self, call: affine.Call) -> tuple[Tensor, Tensor]:
         if self.shared is None or self.done:
             return call.output(), self._std(call)
         if 0 not in self.shared:
@@ -252,7 +181,7 @@ class _Sampler(_Uses):
             self.shared[0] = moments
         return self.shared[0]
 
-    def _std(self, call: _Call) -> Tensor:
+    def _std(self, call: affine.Call) -> Tensor:
         """Standard deviation of the output, of a shape that broadcasts to it."""
         weight, bias = (None if i is None else self.variances[i] for i in (call.weight, call.bias))
         if weight is None or isinstance(call.rule, contractions.Added):
@@ -302,76 +231,13 @@ class Plan(NamedTuple):
     inexact: str | None
 
 
-class _Recorder(_Uses):
-    """Notes the calls, and passes nothing of their parameters on to autograd."""
-
-    def __init__(self, numbers: dict[int, int]) -> None:
-        super().__init__(numbers)
-        self.calls: list[tuple[_Call, Tensor]] = []
-        self.others: dict[int, str] = {}
-        self.drawn: set[int] = set()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in self.rules:
-            return super().__torch_function__(func, types, args, kwargs)
-        return self._unknown(func, args, kwargs or {})
-
-    def _answer(self, call: _Call) -> Tensor:
-        names = ("weight", "bias")
-        output = call.output(
-            **{
-                name: call.arguments[name].detach()
-                for name in names
-                if self._is_leaf(call.arguments[name])
-            }
-        )
-        # Nothing but the shapes is asked of the call later: let go of the input.
-        arguments = {name: call.arguments[name] for name in names}
-        self.calls.append((call._replace(arguments=arguments), _like(output)))
-        return output
-
-    def _unknown(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        result = func(*args, **kwargs)
-        found = [i for i in map(self._number, trees.leaves((args, kwargs))) if i is not None]
-        name = getattr(func, "__name__", str(func))
-        if name == "__get__":
-            name = f".{getattr(getattr(func, '__self__', None), '__name__', 'attribute')}"
-        for i in found:
-            self.others.setdefault(i, name)
-        # Values of the parameter may go on from here. `new_zeros`, `zeros_like` and `type_as`
-        # take no more than its shape and dtype.
-        values = any(t.is_floating_point() for t in trees.tensor_leaves(result))
-        if values and not (name.startswith("new_") or name.endswith(("_like", "_as"))):
-            self.drawn.update(found)
-        return result
-
-    def _number(self, value: Any) -> int | None:
-        return self.numbers.get(id(value))
-
-
 def _discover(model: Model, mean: Sequence[Tensor], x: Any) -> Plan:
     """Sees what the forward pass does with each parameter.
 
     A leaf that the outputs depend on in any other way than by an affine call is drawn itself.
-    Autograd knows of those that Python sees no call of (scripted code, a custom
-    `autograd.Function`).
     """
     num = batch_size(x)
-    with torch.inference_mode(False), with_graph(mean[0].device):
-        leaves = [leaf.requires_grad_() for leaf in plain(list(mean))]
-        recorder = _Recorder({id(leaf): i for i, leaf in enumerate(leaves)})
-        params = trees.unflatten(leaves, model.params)
-        with recorder:
-            # It also refuses a network that draws from torch's global generator.
-            outputs, _ = planner.measure(
-                model, Draws(params, plain(model.constants), None), plain(x)
-            )
-        roots = [leaf for leaf in trees.tensor_leaves(outputs) if leaf.requires_grad]
-        ones = [torch.ones_like(root) for root in roots]
-        grads = torch.autograd.grad(roots, leaves, ones, allow_unused=True) if roots else ()
-    drawn = recorder.drawn | {i for i, grad in enumerate(grads) if grad is not None}
+    recorder, drawn = affine.record(model, mean, x)
     times = Counter(i for call, _ in recorder.calls for i in (call.weight, call.bias))
     shared: dict[int, str] = {}
     for call, output in recorder.calls:
@@ -396,13 +262,7 @@ def _discover(model: Model, mean: Sequence[Tensor], x: Any) -> Plan:
     return Plan(tuple(kept), tuple(sorted(drawn)), _inexact(model, recorder, drawn, shared))
 
 
-def _like(output: Tensor) -> Tensor:
-    """A tensor of that shape, in the dtype that its noise has, without memory of its own."""
-    dtype = torch.promote_types(output.dtype, torch.float32)
-    return torch.empty((), dtype=dtype, device=output.device).expand(output.shape)
-
-
-def _features(call: _Call) -> int:
+def _features(call: affine.Call) -> int:
     """Numbers that the use gives for one row, or at one position."""
     weight: Tensor = call.arguments["weight"]
     if isinstance(call.rule, contractions.Added):
@@ -411,7 +271,7 @@ def _features(call: _Call) -> int:
 
 
 def _inexact(
-    model: Model, recorder: _Recorder, drawn: set[int], shared: dict[int, str]
+    model: Model, recorder: affine.Recorder, drawn: set[int], shared: dict[int, str]
 ) -> str | None:
     names = trees.names(model.params)
     for i, name in enumerate(names):

@@ -171,17 +171,21 @@ def noise_buffer(model: Model, posterior: Any, rows: int) -> Tensor | None:
 
 @contextmanager
 def _kept_buffer(model: Model, posterior: Any, rows: int) -> Iterator[Tensor | None]:
-    """A buffer as `noise_buffer` gives it, in memory that the model keeps for the next time."""
+    """A buffer as `noise_buffer` gives it, on CPU in memory that the model keeps for the next time.
+
+    Elsewhere kernels still wait to read it when this ends, and a prediction on another stream
+    would not wait for them; there, torch's allocator keeps memory, and minds the streams.
+    """
     size = rows * posterior.draw_size
-    if not size:
-        yield None
+    dtype, device = noise_format(model.params)
+    if not size or device.type != "cpu":
+        yield noise_buffer(model, posterior, rows)
         return
     kept = model._scratch.buffers
     try:
         flat = kept.pop()
     except IndexError:
         flat = None
-    dtype, device = noise_format(model.params)
     if flat is None or flat.numel() < size or (flat.dtype, flat.device) != (dtype, device):
         buffer = noise_buffer(model, posterior, rows)
         flat = None if buffer is None else buffer.view(-1)

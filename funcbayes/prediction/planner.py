@@ -175,6 +175,11 @@ def plan(
         name, reason = strategy, "as was asked for"
         if strategy == "threads" and chunk_size is not None:
             ways["threads"] = ("threads", shares)
+        if strategy == "threads" and not cpu:
+            # Streams, and autocast of other devices, are a thread's own.
+            size = 1 if chunk_size is None else shares
+            ways["threads"] = ("vmap" if size > 1 else "loop", size)
+            reason = "one thread feeds the device"
     elif num_samples == 1:
         name, reason = "loop", "there is one sample"
     elif not cpu:
@@ -253,7 +258,17 @@ def plan_key(posterior: Any, x: Any) -> Any:
     # What is no tensor may switch the network's ways.
     others = repr([leaf for leaf in trees.leaves(x) if not isinstance(leaf, Tensor)])
     masks = getattr(posterior, "rate", None), getattr(posterior, "per", None)
-    return shapes, others, type(posterior), masks, torch.is_autocast_enabled("cpu")
+    types = sorted({leaf.device.type for leaf in trees.tensor_leaves(x)})
+    return shapes, others, type(posterior), masks, tuple(map(_autocast, types))
+
+
+def _autocast(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast, where it is on."""
+    # torch raises an error for devices that have none, such as "meta".
+    if not torch.amp.is_autocast_available(device_type):
+        return None
+    on = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if on else None
 
 
 class _FirstUse(TorchFunctionMode):

@@ -15,7 +15,7 @@ from funcbayes.core.model import Model, check_model
 from funcbayes.core.random import Coupled, Key, RowsKey
 from funcbayes.posteriors import DropoutMasks, Empirical
 from funcbayes.posteriors.base import check_num_samples
-from funcbayes.prediction import activation, forward, planner
+from funcbayes.prediction import activation, forward, planner, rotated
 from funcbayes.prediction.predictive import Predictive, RunningMoments
 
 # Outputs that are kept before their moments are taken.
@@ -61,8 +61,8 @@ def predict(
             of the regression mean) and entropies and the aleatoric variance are there; None:
             moments of the outputs as they are.
         strategy: "vmap" is one batched forward pass; "loop" one pass a sample; "threads" one
-            pass a core at a time, of `chunk_size` samples (None: one); "auto" what should be
-            fastest, as `explain` tells.
+            pass a core at a time, of `chunk_size` samples (None: one), and off the CPU the same
+            passes in turn; "auto" what should be fastest, as `explain` tells.
         chunk_size: most samples in one batched pass; None: what fits into memory. Halved as
             often as needed where memory runs out.
         memory_budget: bytes that parameters and activations may take at a time, by estimate;
@@ -106,15 +106,22 @@ def predict(
             f"`transform` is {transform!r}, expected a function, and no `likelihood` beside it:"
             " a likelihood has its own link"
         )
-    model, posterior = _in_space(noise, model, posterior, x, approximate=approximate)
-    run = _Run(model, posterior, parent, x, num, chunk_size, memory_budget)
-    moments = RunningMoments(likelihood, transform, keep_samples=return_samples)
-    for outputs, threads in run.outputs(strategy):
-        if threads > 1 and _bytes(outputs) < _GROUP_BYTES:
-            forward.in_worker(moments.add, outputs)
-        else:
-            moments.add(outputs)
-    return moments.result()
+
+    def gathered(model: Model, posterior: Any) -> Predictive:
+        run = _Run(model, posterior, parent, x, num, chunk_size, memory_budget)
+        moments = RunningMoments(likelihood, transform, keep_samples=return_samples)
+        for outputs, threads in run.outputs(strategy):
+            if threads > 1 and _bytes(outputs) < _GROUP_BYTES:
+                forward.in_worker(moments.add, outputs)
+            else:
+                moments.add(outputs)
+        return moments.result()
+
+    try:
+        return gathered(*_in_space(noise, model, posterior, x, approximate=approximate))
+    except rotated.ChangedUsesError:
+        rotated.forget(model, posterior, x)
+        return gathered(model, posterior)
 
 
 @torch.no_grad()
@@ -174,7 +181,7 @@ def _in_space(
     if noise not in get_args(NoiseSpace):
         raise ValueError(f"`noise` is {noise!r}, expected one of {get_args(NoiseSpace)}")
     if noise == "weight":
-        return model, posterior
+        return rotated.rotated(model, posterior, x)
     return activation.reparametrised(model, posterior, x, approximate=approximate)
 
 
@@ -205,7 +212,7 @@ class _Run(NamedTuple):
                 "no dropout was active in the forward pass: all samples are identical and their"
                 " variance is zero",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         while done < self.num:
             plan = self.plan(strategy, profile, self.num - done)

@@ -5,11 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch.func import grad, vmap
 from torch.testing import assert_close
 
 from funcbayes.core import random, workers
+from funcbayes.core.masks import KeyedDropout
 
 STEPS = st.one_of(
     st.tuples(st.just("fold_in"), st.integers(0, 2**64 - 1)),
@@ -318,6 +321,42 @@ def test_draws_on_cuda_are_functions_of_the_key(name):
     assert torch.equal(before, torch.cuda.get_rng_state())
     rows = random.normal_rows(7, 0, 4, 5, device="cuda")
     assert_close(random.normal_rows(7, 2, 3, 5, device="cuda"), rows[2:3], rtol=0, atol=0)
+
+
+IN_TRANSFORMS = {
+    "normal": lambda device: random.normal(0, (5,), device=device),
+    "normal_rows": lambda device: random.normal_rows(0, 2, 3, 5, device=device)[0],
+    "coupled": lambda device: random.normal_rows(random.orthogonal(0), 2, 3, 5, device=device)[0],
+    "masks": lambda device: F.dropout(torch.ones(5, device=device), 0.5),
+}
+
+
+def drawn_in_transforms(name, device):
+    """The numbers drawn outside, under `vmap` that allows no randomness, and under `grad`."""
+
+    def draw(x):
+        with KeyedDropout([random.key(0)], always=True):
+            return x * IN_TRANSFORMS[name](device)
+
+    ones = torch.ones(3, 5, device=device)
+    return draw(ones[0]), vmap(draw)(ones), grad(lambda x: draw(x).sum())(ones[0])
+
+
+@pytest.mark.parametrize("name", IN_TRANSFORMS)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_draws_are_no_operations_of_a_transform(name, device):
+    outside, mapped, differentiated = drawn_in_transforms(name, device)
+    assert_close(mapped, outside.expand(3, 5), rtol=0, atol=0)
+    assert_close(differentiated, outside, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", IN_TRANSFORMS)
+def test_draws_off_the_cpu_are_no_operations_of_a_transform(name, monkeypatch):
+    # A device without memory draws by torch's functions, as CUDA does, but has no generator.
+    monkeypatch.setattr(random, "generator", lambda key, device: torch.Generator())
+    _, mapped, differentiated = drawn_in_transforms(name, "meta")
+    assert (mapped.device.type, mapped.shape) == ("meta", (3, 5))
+    assert (differentiated.device.type, differentiated.shape) == ("meta", (5,))
 
 
 # -- coupled rows --------------------------------------------------------------------------

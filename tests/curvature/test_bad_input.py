@@ -12,6 +12,7 @@ from torch import nn
 
 import funcbayes as fb
 from funcbayes import curvature
+from funcbayes.core import trees
 
 STRUCTURES = ("diagonal", "kronecker", "ekfac", "dense", "block_diagonal", "low_rank")
 CURVATURES = ("ggn", "empirical_fisher", "monte_carlo_fisher", "hessian")
@@ -296,3 +297,18 @@ def test_dense_blocks_that_do_not_fit_say_how_large_they_are_and_what_fits(struc
             structure=structure,
             curvature=kind,
         )
+
+
+def test_all_blocks_are_looked_at_in_one_call(monkeypatch):
+    asked = []
+    is_finite = trees.is_finite
+    monkeypatch.setattr(trees, "is_finite", lambda tree: asked.append(1) or is_finite(tree))
+    counts = []
+    for depth in (1, 4):
+        asked.clear()
+        torch.manual_seed(0)
+        net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(depth)))
+        data = inputs(), labels()
+        curvature.ggn(fb.Model.from_module(net), data, fb.likelihoods.Categorical())
+        counts.append(len(asked))
+    assert counts[0] == counts[1]

@@ -673,6 +673,30 @@ def test_a_batch_for_each_member_needs_the_axis():
         ensemble.losses(model, state, (x, y), key=0, likelihood=Categorical(), per_member=True)
 
 
+def test_targets_of_all_members_are_looked_at_once(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # all in one pass
+    seen = []
+
+    class Watched(Categorical):
+        def check(self, outputs, targets):
+            seen.append(tuple(targets.shape))
+            super().check(outputs, targets)
+
+    model, state = ensemble.from_modules(build(small_net, 3))
+    x, y = (torch.stack([leaf] * 3) for leaf in table())
+    arguments = {"key": 0, "likelihood": Watched(), "per_member": True}
+    ensemble.losses(model, state, (x, y), **arguments)
+    assert seen == [(3 * 16,)]
+    # What is wrong is said of the member it is wrong with.
+    y = y.clone()
+    y[1, 2] = 7
+    with pytest.raises(ValueError, match="`targets` holds labels from 0 to 7"):
+        ensemble.losses(model, state, (x, y), **arguments)
+    assert seen[1:] == [(3 * 16,), (16,), (16,)]
+    with pytest.raises(ValueError, match=r"`targets` has shape \(16, 1\)"):
+        ensemble.losses(model, state, (x, y[..., None]), **arguments)
+
+
 def test_a_loss_that_is_not_finite_names_step_and_member_and_leaves_the_state():
     model, state = ensemble.from_modules(build(small_net, 3))
     state.params["2.bias"][1] = math.nan

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import vmap
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
 from funcbayes.core import random, trees
@@ -502,3 +503,21 @@ def test_update_compiles_to_one_graph(max_rank):
         with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
             state = compiled(state, trees.index(stack, i))
     assert_close(state, run(stack, 0, 5, max_rank=max_rank), rtol=1e-14, atol=1e-14)
+
+
+def test_the_count_goes_to_a_device_once():
+    state = run(iterates(4), 0, 4, max_rank=3)
+    elsewhere = trees.tensor_map(lambda leaf: leaf.to("meta"), state)._replace(count=state.count)
+    moves = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func is torch.Tensor.to and args[0].device != result.device:
+                moves.append(result.device)
+            return result
+
+    with Watch():
+        posterior = swag.posterior(elsewhere)
+    assert {leaf.device.type for leaf in trees.leaves(posterior)} == {"meta"}
+    assert moves == [torch.device("meta")]

@@ -213,6 +213,29 @@ def test_one_core_has_no_threads(monkeypatch):
     assert planned(profiled(sampled=1e9)).strategy == "loop"
 
 
+@pytest.mark.parametrize(
+    ("chunk_size", "expected"), [(None, ("loop", 1)), (1, ("loop", 1)), (8, ("vmap", 8))]
+)
+def test_one_thread_runs_the_passes_on_other_devices(chunk_size, expected):
+    device = torch.device("cuda")
+    plan = planned(
+        profiled(), strategy="threads", chunk_size=chunk_size, device=device, budget=10**9
+    )
+    assert (plan.strategy, plan.chunk_size, plan.threads) == (*expected, 1)
+
+
+def test_plans_depend_on_autocast_of_the_inputs_device(case):
+    _, posterior, x = case
+    keys = [planner.plan_key(posterior, x)]
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            keys.append(planner.plan_key(posterior, x))
+    assert len(set(keys)) == 3
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        there = planner.plan_key(posterior, x.to("meta"))
+    assert there == planner.plan_key(posterior, x.to("meta"))
+
+
 @pytest.mark.parametrize("strategy", ["auto", "vmap", "threads"])
 def test_passes_keep_to_the_memory_budget(strategy, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -443,6 +466,29 @@ def test_on_cuda():
         torch.testing.assert_close(found.variance, loop.variance, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_streams_and_autocast_hold_for_threads_on_cuda(chunk_size):
+    net = networks.make("linear").cuda()
+    model = fb.Model.from_module(net)
+    x = networks.inputs("linear", 5).cuda()
+    with torch.cuda.stream(torch.cuda.Stream()), torch.autocast("cuda", dtype=torch.bfloat16):
+        found = [
+            fb.predict(
+                *(model, diagonal(model), x),
+                key=0,
+                num_samples=6,
+                strategy=strategy,
+                chunk_size=chunk_size,
+                return_samples=True,
+            ).samples
+            for strategy in ("threads", "loop")
+        ]
+        assert found[0].dtype == torch.bfloat16
+        torch.testing.assert_close(*found, rtol=0.05, atol=0.05)
+    torch.cuda.synchronize()
+
+
 def test_inputs_may_hold_what_is_no_tensor():
     class Masked(nn.Linear):
         def forward(self, x):
@@ -497,6 +543,17 @@ def test_noise_memory_is_kept_for_the_next_prediction_and_left_out_of_copies(cas
         fb.predict(model, posterior, x, key=1, num_samples=8, strategy="vmap")
     assert model._scratch.buffers[0].data_ptr() == buffer.data_ptr()
     assert not copy.deepcopy(model)._scratch.buffers
+
+
+def test_noise_memory_is_kept_on_cpu_only(case, monkeypatch):
+    model, posterior, _ = case
+    monkeypatch.setattr(
+        forward, "noise_format", lambda params: (torch.float32, torch.device("meta"))
+    )
+    with forward._kept_buffer(model, posterior, 3) as buffer:
+        assert buffer.shape == (3, posterior.draw_size)
+        assert buffer.device.type == "meta"
+    assert not model._scratch.buffers
 
 
 def test_draws_of_another_thread_are_none_of_the_networks(case):

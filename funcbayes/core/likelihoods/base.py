@@ -141,7 +141,7 @@ class Likelihood(Protocol):
         Args:
             key: a key or an int; the same key and outputs give the same targets. Inside `vmap`
                 its `randomness` says whether all lanes use the same random numbers ("same") or
-                each its own ("different").
+                each its own ("different"); normal numbers are the same in any case.
             outputs: raw outputs of the network, `[batch, *out]`.
 
         Returns:

@@ -155,7 +155,7 @@ class _Detection(StreamingMetric):
         return _joined(self.gathered("in_scores"), self.gathered("out_scores"))
 
     def _result(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=self.device)
+        return torch.full((), value, dtype=torch.float64, device=self.device)
 
 
 class AUROC(_Detection):

@@ -263,7 +263,7 @@ def online(
     assert state is not None  # the last epoch ends with a choice
     epochs, evidences, precisions = zip(*made, strict=True)
     history = OnlineHistory(
-        torch.tensor(epochs), torch.stack(evidences), trees.stack(list(precisions))
+        torch.tensor(epochs, device="cpu"), torch.stack(evidences), trees.stack(list(precisions))
     )
     params = tree_map(torch.Tensor.detach, params)
     return OnlineResult(params, constants, chosen, noise_std, history, state)

@@ -77,10 +77,7 @@ def leaf_precisions(prior_precision: Any, mean: TensorTree) -> TensorTree:
     values = _by_leaf(prior_precision, mean, "prior_precision", _positive).values()
     # Numbers in float64, in which more of them are positive and finite than by default.
     return trees.unflatten(
-        [
-            value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-            for _, value in values
-        ],
+        [value if isinstance(value, Tensor) else _float64(value) for _, value in values],
         mean,
     )
 
@@ -182,6 +179,11 @@ def _other_structure(given: Any, mean: TensorTree, argument: str) -> str:
     )
 
 
+def _float64(value: float) -> Tensor:
+    # On CPU, whatever the default device: there it goes with tensors of any.
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
 def _one_number(parts: list[Any]) -> bool:
     """Whether one scalar stands for all leaves of a group, without looking at tensors' values."""
     first = parts[0]
@@ -218,7 +220,7 @@ def _positive(value: Any, name: str) -> float | Tensor:
 
 def _check_representable(name: str, value: float | Tensor, dtype: torch.dtype) -> None:
     """A precision is positive and finite in the dtype of its block, too."""
-    tensor = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+    tensor = value if isinstance(value, Tensor) else _float64(value)
     rounded = tensor.to(dtype)
     if known_false(((rounded > 0) & rounded.isfinite()).all()):
         wrong = tensor[~((rounded > 0) & rounded.isfinite())].flatten()[0]

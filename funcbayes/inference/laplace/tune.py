@@ -145,7 +145,7 @@ def tune(
         temperature,
         history[-1],
         torch.stack(history),
-        torch.tensor(converged),
+        torch.tensor(converged, device="cpu"),
     )
 
 
@@ -223,8 +223,9 @@ class Problem:
         self.log_prior = log_prior
         self.log_noise: Tensor | None = None
         if learn_noise and isinstance(wide.noise, Noise):
-            std = wide.noise.std if noise_std is None else torch.as_tensor(noise_std)
-            self.log_noise = std.detach().to(wide.noise.std).expand(wide.noise.std.shape).log()
+            like = wide.noise.std
+            std = like if noise_std is None else torch.as_tensor(noise_std, device=like.device)
+            self.log_noise = std.detach().to(like).expand(like.shape).log()
 
     @property
     def variables(self) -> list[Tensor]:

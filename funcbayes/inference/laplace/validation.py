@@ -185,7 +185,7 @@ def _grid(
             f" lie {side}, so widen `prior_precisions`",
             stacklevel=3,
         )
-    found = torch.tensor(grid[best], dtype=torch.float64, device=values.device)
+    found = torch.full((), grid[best], dtype=torch.float64, device=values.device)
     return found, temperature, values[best], values
 
 
@@ -203,7 +203,8 @@ def _descend(
     leaves = [value.clone().requires_grad_() for value in log_prior]
     log_temperature = None
     if learn_temperature:
-        log_temperature = torch.as_tensor(temperature).detach().to(leaves[0]).log()
+        log_temperature = torch.as_tensor(temperature, device=leaves[0].device)
+        log_temperature = log_temperature.detach().to(leaves[0]).log()
         leaves.append(log_temperature.requires_grad_())
     optimizer = torch.optim.Adam(leaves, lr=learning_rate)
     best: tuple[Tensor, list[Tensor]] | None = None
@@ -246,7 +247,7 @@ def _value(value: Any) -> Tensor:
     if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
         return value.reshape(())
     if isinstance(value, float | int) and not isinstance(value, bool):
-        return torch.tensor(float(value), dtype=torch.float64)
+        return torch.tensor(float(value), dtype=torch.float64, device="cpu")
     came = type(value).__name__
     if isinstance(value, Tensor):
         came += f" of shape {tuple(value.shape)} and dtype {value.dtype}"

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from funcbayes.core import random, trees
-from funcbayes.core.model import Model
+from funcbayes.core.model import Model, Scratch
 from funcbayes.core.random import KeyLike
 from funcbayes.inference import vi
 from funcbayes.modules import common
@@ -150,8 +150,8 @@ class VariationalBayesNN(SamplingMethod):
         self.layers = nn.ModuleList(
             GaussianLinear(n_in, n_out, prior_std) for n_in, n_out in pairwise(sizes)
         )
-        # One for good: it keeps plans and memory from one prediction to the next.
-        self._model = Model(apply=_relu_network, params=self._detached_means())
+        # Plans and memory, from one prediction to the next.
+        self._scratch = Scratch()
 
     def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """One draw of the network, from torch's global generator.
@@ -228,13 +228,9 @@ class VariationalBayesNN(SamplingMethod):
     def _functional(self) -> tuple[Model, vi.ViState]:
         states = [layer._state() for layer in self._layers()]
         state = vi.ViState([s.mean for s in states], [s.rho for s in states])
-        # Looked up anew: tensors are others after `.to()`.
-        self._model.params = self._detached_means()
-        return self._model, state
-
-    def _detached_means(self) -> list[dict[str, Tensor]]:
-        means = [layer._state().mean for layer in self._layers()]
-        return trees.tensor_map(Tensor.detach, means)
+        model = Model(apply=_relu_network, params=trees.tensor_map(Tensor.detach, state.mean))
+        model._scratch = self._scratch
+        return model, state
 
 
 def _relu_network(params: list[dict[str, Tensor]], x: Tensor) -> Tensor:

@@ -413,7 +413,7 @@ MOMENT_BUGS = {
     VarianceForStd: r"leaf .* the variance .*a standard deviation taken for a variance",
     Shifted: r"leaf .* stated standard deviations away from `mean`",
     OneEntry: r"leaf \['w'\], entry \(2, 1\): samples have the variance",
-    SameEachTime: r"leaf \['w'\], ",
+    SameEachTime: r"leaf \['[wb]'\], ",
     Infinite: r"samples, leaf \['w'\]: NaN or infinite",
 }
 

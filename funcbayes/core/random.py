@@ -235,11 +235,14 @@ class _Words(ISeedSequence):
 
 def _seed_sequence(key: Key) -> ISeedSequence:
     """What seeds the stream of a key: an item's seed comes from its parent's."""
-    if len(key.path) < 3 or key.path[-3] != _FOLD:
+    # Read from the front: only there it is known which words are tags.
+    last, end = 0, 0
+    while end < len(key.path):
+        last, end = end, end + (2 if key.path[end] == _SPLIT else 3)
+    if end != len(key.path) or not key.path or key.path[last] != _FOLD:
         return np.random.SeedSequence(key.entropy, spawn_key=key.path)
-    item = key.path[-2] + _WORD * key.path[-1]
-    block, place = divmod(item, _ITEMS_AT_ONCE)
-    return _Words(_seeds_of_items(Key(key.entropy, key.path[:-3]), block)[place])
+    block, place = divmod(key.path[-2] + _WORD * key.path[-1], _ITEMS_AT_ONCE)
+    return _Words(_seeds_of_items(Key(key.entropy, key.path[:last]), block)[place])
 
 
 @lru_cache(maxsize=64)

@@ -294,17 +294,32 @@ def _first(paths: Iterable[str], num: int = 5) -> str:
 
 def is_finite(tree: Any) -> bool:
     """Whether no entry is NaN or infinite; reads values, so not for use in a transform."""
-    found = [leaf.detach() for leaf in tensor_leaves(tree) if leaf.is_floating_point()]
+    found = [
+        leaf.detach()
+        for leaf in tensor_leaves(tree)
+        if leaf.is_floating_point() or leaf.is_complex()
+    ]
     if not found:
         return True
+    try:
+        return _has_finite_norms(found) or all(bool(torch.isfinite(leaf).all()) for leaf in found)
+    except (RuntimeError, NotImplementedError):  # a dtype or a layout that has no norm
+        return all(bool(torch.isfinite(_dense(leaf)).all()) for leaf in found)
+
+
+def _has_finite_norms(found: list[Tensor]) -> bool:
     # One pass without temporaries, and on one core: threads that share a small operation go on
     # waiting for more, for about eight milliseconds on the cores of those that work.
     # A norm is finite only if every entry is; it may overflow.
     norms = torch._foreach_norm(found)  # pyright: ignore[reportPrivateImportUsage]
     if len({norm.device for norm in norms}) > 1:
         norms = [norm.cpu() for norm in norms]
-    together = norms[0] if len(norms) == 1 else torch.stack(norms).sum()
-    return math.isfinite(together) or all(bool(torch.isfinite(leaf).all()) for leaf in found)
+    return math.isfinite(norms[0] if len(norms) == 1 else torch.stack(norms).sum())
+
+
+def _dense(leaf: Tensor) -> Tensor:
+    leaf = leaf.to_dense() if leaf.layout != torch.strided else leaf
+    return leaf.float() if leaf.is_floating_point() else leaf
 
 
 def check_finite(tree: TensorTree, *, name: str) -> None:

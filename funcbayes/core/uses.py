@@ -23,6 +23,44 @@ Rule = Callable[..., Any]
 """A rule takes the arguments of the function that it stands for, and returns its result."""
 
 
+FORMAT = {
+    getattr(Tensor, name)
+    for name in (
+        *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset"),
+        *("element_size", "get_device", "is_floating_point", "is_complex", "is_contiguous"),
+        *("is_signed", "is_inference", "__len__", "type"),
+    )
+} | {torch.is_floating_point, torch.is_complex, torch.is_tensor, torch.numel, torch.result_type}
+"""Functions that tell of a tensor what is no value: the same whenever the formats are."""
+_ATTRIBUTES = {
+    getattr(Tensor, name).__get__
+    for name in (
+        *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn"),
+        *("is_cuda", "is_sparse", "is_meta", "is_quantized", "itemsize", "nbytes", "grad"),
+    )
+}
+_FACTORIES = {
+    *(getattr(Tensor, f"new_{name}") for name in ("zeros", "ones", "empty", "full", "tensor")),
+    *(
+        getattr(torch, f"{name}_like")
+        for name in ("zeros", "ones", "empty", "full", "rand", "randn")
+    ),
+}
+
+
+# Of all but their first argument, these take the format alone.
+_LIKE_OTHERS = {
+    getattr(Tensor, name) for name in ("type_as", "expand_as", "view_as", "reshape_as", "to")
+}
+
+
+def values_taken(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+    """The arguments on whose values, not formats alone, a function's result may depend."""
+    if func in FORMAT or func in _ATTRIBUTES or func in _FACTORIES:
+        return ()
+    return args[:1] if func in _LIKE_OTHERS else (args, kwargs)
+
+
 class Interpreter(TorchFunctionMode):
     """Answers the torch functions that have a rule; the others run as they are.
 

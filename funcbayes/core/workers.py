@@ -30,7 +30,8 @@ _lock = threading.Lock()
 
 def bound() -> bool:
     """Whether work must stay in this thread: a worker, or one with modes of the caller's."""
-    return inside() or torch._C._len_torch_function_stack() > 0
+    modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
+    return inside() or modes > 0
 
 
 def inside() -> bool:

@@ -308,12 +308,15 @@ def _losses(
 
     leaves = trees.leaves(state.params)
     form = members.own_format(model, alone, state.params, state.constants, batch)
-    if form is None:
-        losses, buffers = together(leaves)
-    else:
-        losses, buffers = members.run(
-            partial(alone, form), state.params, state.constants, lambda new: together(new)[0]
-        )
+    found = None
+    if form is not None:
+        try:
+            found = members.run(
+                partial(alone, form), state.params, state.constants, lambda new: together(new)[0]
+            )
+        except members.OtherGradientsError:
+            members.forget(model, state.params, batch)
+    losses, buffers = together(leaves) if found is None else found
     return losses, {**state.constants, **buffers}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from funcbayes.core import images, operations, trees, workers
 from funcbayes.core.model import Model
@@ -48,13 +49,13 @@ def own_format(
     everything = [*trees.tensor_leaves((params, constants)), *data]
     if trees.in_transform(everything) or any(leaf.device.type != "cpu" for leaf in everything):
         return None
-    # Gradients will be known for the parameters alone.
+    # Gradients will be known for the parameters alone, and no tangents.
     others = [*data, *trees.tensor_leaves(constants)]
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in others):
         return None
-    plans = model._scratch.plans
-    autocast = torch.is_autocast_enabled("cpu")
-    key = ("members", cores, num_members, autocast, *((leaf.shape, leaf.dtype) for leaf in data))
+    if any(forward_ad.unpack_dual(leaf).tangent is not None for leaf in everything):
+        return None
+    plans, key = model._scratch.plans, _key(num_members, batch)
     if key not in plans:
 
         def first(form: Format) -> Any:
@@ -64,6 +65,18 @@ def own_format(
         faster = found is not None and _costs_less(found[0], num_members, cores)
         model._scratch.remember(plans, key, found[1] if found and faster else None)
     return plans[key]
+
+
+def forget(model: Model, params: TensorTree, batch: Any) -> None:
+    """Has all members run together on such batches from now on."""
+    scratch = model._scratch
+    scratch.remember(scratch.plans, _key(trees.leading_size(params), batch), None)
+
+
+def _key(num_members: int, batch: Any) -> Any:
+    formats = tuple((leaf.shape, leaf.dtype) for leaf in trees.tensor_leaves(batch))
+    autocast = torch.is_autocast_enabled("cpu")
+    return "members", torch.get_num_threads(), num_members, autocast, formats
 
 
 def _count(
@@ -113,35 +126,60 @@ def run(
         The losses `[members]`, differentiable in `params`, and the buffers `[members, *shape]`.
 
     Raises:
+        OtherGradientsError: a loss depends on other tensors that require gradients.
         Exception: what the first member that failed raised.
     """
+    with_gradients = torch.is_grad_enabled()
     stacks = trees.leaves(params)
-    wanted = [torch.is_grad_enabled() and leaf.requires_grad for leaf in stacks]
-    gradients = [torch.empty_like(x) if w else None for x, w in zip(stacks, wanted, strict=True)]
+    wanted = [with_gradients and leaf.requires_grad for leaf in stacks]
+    rows = {k: torch.empty_like(stacks[k]) for k, w in enumerate(wanted) if w}
+    used = [False] * len(stacks)
 
     def one(i: int) -> tuple[Tensor, dict[str, Tensor]]:
         own = [x[i].detach().requires_grad_(w) for x, w in zip(stacks, wanted, strict=True)]
         mine = {name: value[i].detach() for name, value in constants.items()}
-        with torch.set_grad_enabled(any(wanted)):
+        with torch.set_grad_enabled(with_gradients):
             loss, buffers = member(trees.unflatten(own, params), mine, i)
-        if any(wanted):
-            leaves = [leaf for leaf in own if leaf.requires_grad]
-            # Nothing reaches the loss where the network ignores all of them.
-            found = (
-                torch.autograd.grad(loss, leaves, allow_unused=True)
-                if loss.requires_grad
-                else [None] * len(leaves)
-            )
-            into = [stack[i] for stack in gradients if stack is not None]
-            for row, grad in zip(into, found, strict=True):
-                row.zero_() if grad is None else row.copy_(grad)
+        if loss.requires_grad:
+            _check_own(loss, own)
+            found = torch.autograd.grad(loss, [own[k] for k in rows], allow_unused=True)
+            for k, grad in zip(rows, found, strict=True):
+                if grad is not None:
+                    rows[k][i].copy_(grad)
+                    used[k] = True
+                else:
+                    rows[k][i].zero_()
         return trees.tensor_map(torch.Tensor.detach, (loss, buffers))
 
     done = workers.results([workers.submit(one, i) for i in range(trees.leading_size(params))])
     losses, buffers = trees.stack(done)
-    if any(wanted):
+    # Optimizers pass over a parameter that has no gradient, as one that is not used.
+    gradients = [rows[k] if used[k] else None for k in range(len(stacks))]
+    if any(used):
         losses = _WithGradients.apply(losses, gradients, again, *stacks)
     return losses, buffers
+
+
+class OtherGradientsError(RuntimeError):
+    """A loss depends on tensors that require gradients and are no parameters of a member."""
+
+    def __init__(self) -> None:
+        super().__init__("a member's loss depends on other tensors that require gradients")
+
+
+def _check_own(loss: Tensor, own: list[Tensor]) -> None:
+    """Looks whether the graph of a loss ends in a member's own parameters alone."""
+    known = {id(leaf) for leaf in own}
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        # Where a graph ends: the node of a leaf, which no stub knows.
+        if type(node).__name__ == "AccumulateGrad" and id(getattr(node, "variable")) not in known:  # noqa: B009
+            raise OtherGradientsError
+        waiting.extend(parent for parent, _ in node.next_functions)
 
 
 class _WithGradients(torch.autograd.Function):
@@ -166,8 +204,9 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (weights,) = outer
+        # Also where they are not needed: torch refuses what was written over, or freed.
+        leaves = list(ctx.saved_tensors)
         if torch.is_grad_enabled():
-            leaves = list(ctx.saved_tensors)
             needed = [leaf for leaf in leaves if leaf.requires_grad]
             found = iter(
                 torch.autograd.grad(

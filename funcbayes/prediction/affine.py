@@ -112,12 +112,10 @@ class Watching(Uses):
         name = getattr(func, "__name__", str(func))
         if name == "__get__":
             name = f".{getattr(getattr(func, '__self__', None), '__name__', 'attribute')}"
-        # Values of the parameter may go on from here. `new_zeros`, `zeros_like` and `type_as`
-        # take no more than its shape and dtype.
-        values = any(t.is_floating_point() for t in trees.tensor_leaves(result))
-        values = values and not (name.startswith("new_") or name.endswith(("_like", "_as")))
+        # Also those of a comparison, or of numbers that are none of torch's.
+        taken = {self._number(leaf) for leaf in trees.leaves(uses.values_taken(func, args, kwargs))}
         for i in found:
-            self.seen(i, name, takes_values=values)
+            self.seen(i, name, takes_values=i in taken)
         return result
 
     def _number(self, value: Any) -> int | None:

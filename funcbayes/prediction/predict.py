@@ -169,9 +169,16 @@ def explain(
     if num_samples is None and not isinstance(posterior, Empirical):
         num_samples = 30
     num, parent = _check(model, posterior, x, 0, num_samples, strategy, chunk_size, memory_budget)
-    model, posterior = _in_space(noise, model, posterior, x, approximate=approximate)
-    run = _Run(model, posterior, parent or random.key(0), x, num, chunk_size, memory_budget)
-    return run.plan(strategy, run.profile()[1], num)
+
+    def planned(model: Model, posterior: Any) -> planner.Plan:
+        run = _Run(model, posterior, parent or random.key(0), x, num, chunk_size, memory_budget)
+        return run.plan(strategy, run.profile()[1], num)
+
+    try:
+        return planned(*_in_space(noise, model, posterior, x, approximate=approximate))
+    except rotated.ChangedUsesError:
+        rotated.forget(model, posterior, x)
+        return planned(model, posterior)
 
 
 def _in_space(

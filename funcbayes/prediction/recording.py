@@ -19,19 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from funcbayes.core import trees
+from funcbayes.core import trees, uses
 from funcbayes.core.model import Model
 from funcbayes.posteriors import Draws
 
-# What tensors tell that is no value: the same whenever the formats are.
-_FORMAT = {
-    getattr(Tensor, name)
-    for name in (
-        *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset"),
-        *("element_size", "get_device", "is_floating_point", "is_complex", "is_contiguous"),
-        *("is_signed", "is_inference", "__len__", "type"),
-    )
-} | {torch.is_floating_point, torch.is_complex, torch.is_tensor, torch.numel, torch.result_type}
 # Kernels that draw numbers, or whose results have shapes that depend on values.
 _VALUES = {
     torch.Tag.nondeterministic_seeded,
@@ -186,7 +177,7 @@ class _Watch(TorchFunctionMode):
 
 def _is_known(func: Any, result: Any) -> bool:
     """Whether what a function gave is tensors alone, or follows from their formats."""
-    if isinstance(result, Tensor) or func in _FORMAT or result is None:
+    if isinstance(result, Tensor) or func in uses.FORMAT or result is None:
         return True
     if getattr(func, "__name__", "") == "__get__":  # an attribute, such as `shape`
         return True

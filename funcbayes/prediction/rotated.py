@@ -28,6 +28,9 @@ _MEAN, _OUTPUTS, _INPUTS = "mean of rotated ", "output basis of rotated ", "inpu
 class ChangedUsesError(RuntimeError):
     """The network does not use its parameters as it did when it was looked at."""
 
+    def __init__(self) -> None:
+        super().__init__("the network does not use its parameters as it did for the same shapes")
+
 
 class Plan(NamedTuple):
     """Which weights are rotated.

@@ -266,6 +266,7 @@ def test_streams_go_on_where_they_ended():
 def test_no_two_items_share_a_stream():
     """Over several blocks of items, two parents, a split, and an item of an item."""
     parents = [random.key(0), random.key(1), random.fold_in(0, 3), random.split(0)[1]]
+    parents += [random.split(random.split(0)[1])[i] for i in range(2)]
     keys = [random.fold_in(p, i) for p in parents for i in (*range(600), 2**32, 2**40 + 255)]
     keys += [*parents, *(random.Key(0, (random._ITEMS, block, 0)) for block in range(3))]
     drawn = random.memory([1], torch.int64, torch.device("cpu"))
@@ -274,6 +275,14 @@ def test_no_two_items_share_a_stream():
         random.Stream(key, torch.device("cpu")).words(drawn)
         found.add(int(drawn[0]))
     assert len(found) == len(set(keys))
+
+
+def test_the_index_of_a_split_is_not_taken_for_a_fold():
+    """The path of a split of a split ends like that of an item: its seed is its own."""
+    own = random.split(random.split(0)[1])[0]
+    assert own.path[-3] == random._FOLD
+    assert isinstance(random._seed_sequence(own), np.random.SeedSequence)
+    assert isinstance(random._seed_sequence(random.fold_in(own, 2**40)), random._Words)
 
 
 def test_numbers_can_be_drawn_inside_transforms():

@@ -297,6 +297,25 @@ def test_leading_size_wants_one_length(tree, message):
         trees.leading_size(tree)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: torch.tensor([1.0, x]).to(torch.float8_e5m2),
+        lambda x: torch.tensor([0.0, x]).to_sparse(),
+        lambda x: torch.complex(torch.tensor([1.0]), torch.tensor([x])),
+        lambda x: torch.tensor([1e38, 1e38, x]),
+        lambda x: torch.tensor([6e4, 6e4, x]).half(),
+        lambda x: [torch.tensor([x]), torch.empty(0), torch.ones(2, dtype=torch.float64)],
+        lambda x: torch.tensor([x, 1.0]).expand(3, 2),
+    ],
+)
+def test_any_tensor_is_finite_or_not(make):
+    assert trees.is_finite(make(2.0))
+    assert not trees.is_finite(make(math.inf))
+    assert not trees.is_finite(make(math.nan))
+    assert trees.is_finite({"whole": torch.arange(3), "nothing": None})
+
+
 def test_check_finite_names_the_leaf_and_counts():
     big = torch.full((4,), torch.finfo(torch.float32).max)  # the sum overflows, no entry does
     fine = {"big": big, "int": torch.ones(2, dtype=torch.int64), "none": None, "e": torch.zeros(0)}

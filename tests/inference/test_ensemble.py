@@ -326,6 +326,71 @@ def test_what_is_no_parameter_keeps_its_gradient(monkeypatch):
     assert_close(grad, expected)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_a_likelihood_learns_keeps_its_gradient(frozen, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(members, "_costs_less", lambda *args: True)
+    nets, (x, _) = build(small_net, 2), table()
+    model, state = ensemble.from_modules(nets)
+    if not frozen:
+        state = state._replace(params={n: p.requires_grad_() for n, p in state.params.items()})
+    y, std = torch.zeros(len(x), 2, dtype=x.dtype), torch.tensor(0.7, requires_grad=True)
+    for _ in range(2):  # the second time it is known
+        values, _ = ensemble.losses(model, state, (x, y), key=0, likelihood=Gaussian(std))
+        (grad,) = torch.autograd.grad(values.sum(), std)
+        expected = sum(Gaussian(std).nll(net(x), y).mean() for net in nets)
+        assert_close(grad, torch.autograd.grad(expected, std)[0])
+
+
+def test_tangents_go_through(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(members, "_costs_less", lambda *args: True)
+    model, state = ensemble.from_modules(build(small_net, 2))
+
+    def losses(params):
+        now = EnsembleState(params, state.constants)
+        return ensemble.losses(model, now, table(), key=0, likelihood=Categorical())[0]
+
+    ones = trees.tree_map(torch.ones_like, state.params)
+    _, expected = torch.func.jvp(losses, (state.params,), (ones,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = trees.tree_map(torch.autograd.forward_ad.make_dual, state.params, ones)
+        tangent = torch.autograd.forward_ad.unpack_dual(losses(dual)).tangent
+    assert_close(tangent, expected)
+
+
+@pytest.mark.usefixtures("way")
+def test_autograd_refuses_what_was_written_over_or_freed():
+    model, state = ensemble.from_modules(build(small_net, 2))
+    stacks = trees.tree_map(lambda p: p.clone().requires_grad_(), state.params)
+    for spoil in (False, True):
+        values, _ = ensemble.losses(
+            model, EnsembleState(stacks, state.constants), table(), key=0, likelihood=Categorical()
+        )
+        if spoil:
+            with torch.no_grad():
+                for stack in stacks.values():
+                    stack.add_(1)
+        else:
+            values.sum().backward()
+        with pytest.raises(RuntimeError, match=r"second time|inplace operation"):
+            values.sum().backward()
+
+
+@pytest.mark.usefixtures("way")
+def test_weight_decay_leaves_an_unused_parameter_alone():
+    model, state = ensemble.from_modules(build(lambda: Idle().double(), 2))
+    trained = ensemble.fit(
+        *(model, state, table()),
+        key=0,
+        likelihood=Categorical(),
+        optimizer=lambda leaves: torch.optim.AdamW(leaves, lr=0.1, weight_decay=0.5),
+        num_epochs=3,
+    )
+    for name, stack in trained.params.items():
+        assert torch.equal(stack, state.params[name]) == name.startswith("idle")
+
+
 def test_a_network_that_draws_for_itself_is_not_run_in_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(members, "_costs_less", lambda *args: True)

@@ -178,6 +178,16 @@ def test_a_network_that_changes_its_mind_gets_formed_weights(other):
     assert rotated.rotated(model, posterior, x) == (model, posterior)
 
 
+def test_explain_sees_a_network_that_changes_its_mind():
+    torch.manual_seed(0)
+    model = Model.from_module(Fickle(unseen).double())
+    posterior = posterior_of(model)
+    x = torch.ones(1, 3, dtype=F64)
+    assert rotated.rotated(model, posterior, x)[0] is not model
+    profile = explain(model, posterior, -x, num_samples=4).profile
+    assert profile.shared + profile.sampled == 2 * 3 * 2  # one product, of a formed weight
+
+
 class Hidden(torch.autograd.Function):
     """A product that no torch function shows."""
 
@@ -207,6 +217,56 @@ def test_a_use_that_cannot_be_seen_forms_the_weight():
     posterior = posterior_of(model)
     x = torch.ones(1, 3, dtype=F64)
     assert rotated.rotated(model, posterior, x) == (model, posterior)
+    pred = predict(model, posterior, x, key=0, num_samples=4, return_samples=True)
+    assert_close(pred.samples, formed(model, posterior, x, 4), rtol=1e-11, atol=0)
+
+
+READS = {
+    "comparison": lambda w: (w > 0).sum(),
+    "argmax": lambda w: w.argmax(),
+    "number": lambda w: float(w[0, 0]),
+    "list": lambda w: sum(w.flatten().tolist()),
+    "equality": lambda w: int(torch.equal(w, w.abs())),
+    "shape of another": lambda w: torch.no_grad()(w.expand_as)(w).sum(),
+    "detached": lambda w: w.data.sum(),
+}
+
+
+class Reading(nn.Module):
+    """A weight of a linear map, of which something else is read as well."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.linear = nn.Linear(3, 3, bias=False)
+        self.read = read
+
+    def forward(self, x):
+        return self.linear(x) * (1 + self.read(self.linear.weight))
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_weight_whose_values_are_read_is_formed(name):
+    torch.manual_seed(0)
+    model = Model.from_module(Reading(READS[name]).double())
+    posterior = posterior_of(model)
+    x = torch.ones(1, 3, dtype=F64)
+    assert rotated.rotated(model, posterior, x) == (model, posterior)
+    pred = predict(
+        *(model, posterior, x), key=0, num_samples=4, strategy="loop", return_samples=True
+    )
+    assert_close(pred.samples, formed(model, posterior, x, 4), rtol=1e-11, atol=0)
+
+
+def test_a_weight_whose_format_is_read_is_not_formed():
+    torch.manual_seed(0)
+    model = Model.from_module(
+        Reading(
+            lambda w: w.new_ones(w.shape[0]).sum() + torch.zeros(2).to(w).sum() + w.dim()
+        ).double()
+    )
+    posterior = posterior_of(model)
+    x = torch.ones(1, 3, dtype=F64)
+    assert rotated.rotated(model, posterior, x)[0] is not model
     pred = predict(model, posterior, x, key=0, num_samples=4, return_samples=True)
     assert_close(pred.samples, formed(model, posterior, x, 4), rtol=1e-11, atol=0)
 

@@ -23,6 +23,11 @@ from funcbayes.prediction.forward import one_sample
 _NUMBER = 230.0
 # How much faster convolutions are on images whose channels come last, which batched ones are not.
 _CHANNELS_LAST = 0.8
+# What a core is worth that shares large matrix products, where there are no convolutions.
+_SHARING_PRODUCTS = 0.9
+# How much slower passes side by side are where what they work on leaves the cores' common cache,
+# and bytes of that.
+_SPILLED, _COMMON_CACHE = 1.15, 2**25
 _CPU_BUDGET = 2 * 2**30
 # The part of the memory that is free that a prediction takes at most.
 _SHARE = 0.5
@@ -208,11 +213,14 @@ def _costs(profile: Profile, num: int, draw_size: int, cores: int) -> dict[str, 
     together = cores * operations.SHARING if cores > 1 else 1
     batched = sampled * operations.BATCHED + noise
     per_core = math.ceil(num / cores)
-    costs = {"loop": num * (one_pass + noise + (profile.shared + sampled) / together)}
+    one_by_one = together if profile.channels_last else max(1, cores * _SHARING_PRODUCTS)
+    costs = {"loop": num * (one_pass + noise + (profile.shared + sampled) / one_by_one)}
     if profile.batchable:
         costs["vmap"] = one_pass + (profile.shared + num * batched) / together
     if cores > 1:
         format_gain = _CHANNELS_LAST if profile.channels_last else 1
+        if cores * sample_bytes(profile, 0) > _COMMON_CACHE:
+            format_gain *= _SPILLED
         each = one_pass + noise + (profile.shared + sampled) * format_gain
         costs["threads"] = operations.START + per_core * each
         if profile.batchable:
@@ -223,7 +231,7 @@ def _costs(profile: Profile, num: int, draw_size: int, cores: int) -> dict[str, 
 
 _REASONS = {
     "vmap": "so little is computed that calls would take longer, and threads too",
-    "loop": "large operations, and one core",
+    "loop": "large operations, on one core or such that cores share them well",
     "threads": "large operations: one sample's tensors stay in the cache of one core",
     "threads, batched": "small operations: each core has its share of the samples in one pass",
 }

@@ -198,6 +198,8 @@ def planned(profile, num=20, **changes):
         (profiled(batchable=False), 19, 0, ("threads", 1)),
         (profiled(shared=1e10, sampled=2e7), 19, 0, ("vmap", 19)),
         (profiled(shared=1e6, sampled=1e9), 19, 0, ("threads", 1)),
+        (profiled(sampled=3e9, largest=2**23), 19, 0, ("loop", 1)),
+        (profiled(sampled=3e9, largest=2**23, channels_last=True), 19, 0, ("threads", 1)),
     ],
 )
 def test_plan(profile, num, numbers, expected, monkeypatch):

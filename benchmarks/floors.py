@@ -17,8 +17,13 @@ class Floor(NamedTuple):
 
 FLOORS = (
     Floor("predict/*", (CLASS, AUTO), 1.0),
-    Floor("dropout/resnet-w16/*", (CLASS, AUTO), 8.0),
-    Floor("fisher/mlp/*", (CLASS, FUNCTION), 20.0),
+    Floor("dropout/resnet-w16/*", (CLASS, AUTO), 4.0),
+    Floor("dropout/resnet-w16/N=*6*", (CLASS, AUTO), 8.0),
+    # A loop over data takes 65 to 257 ms on this kind of machine, from day to day.
+    Floor("fisher/mlp/*", (CLASS, FUNCTION), 8.0),
+    Floor("swag-update/*", (FUNCTION,), 1.0),
+    Floor("ensemble-step/*", (STEP,), 1.0),
+    Floor("vi-step/*", (FUNCTION,), 1.0),
 )
 """To the plain loop."""
 
@@ -27,6 +32,8 @@ RIVAL_FLOORS = (
     Floor("ggn/*", (FUNCTION,), 1.0),
     Floor("kfac/*", (FUNCTION, DECOMPOSED), 1.0),
     Floor("linearized/*", (FUNCTION,), 1.0),
+    Floor("kronecker/*", (AUTO,), 1.0),
+    Floor("vi-step/*", (FUNCTION,), 1.0),
 )
 """To the fastest other library."""
 

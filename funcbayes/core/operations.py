@@ -15,7 +15,7 @@ PASS, KERNEL = 5e7, 4e6
 # To hand work to threads and to wait for them.
 START = 4e7
 # How much slower a batched pass is than single ones, since its tensors leave the cache.
-BATCHED = 1.3
+BATCHED = 1.4
 # What a core is worth that shares every operation with the others: they wait for each other.
 SHARING = 0.75
 

@@ -24,7 +24,7 @@ _NUMBER = 230.0
 # How much faster convolutions are on images whose channels come last, which batched ones are not.
 _CHANNELS_LAST = 0.8
 # What a core is worth that shares large matrix products, where there are no convolutions.
-_SHARING_PRODUCTS = 0.9
+_SHARING_PRODUCTS = 0.95
 # How much slower passes side by side are where what they work on leaves the cores' common cache,
 # and bytes of that.
 _SPILLED, _COMMON_CACHE = 1.15, 2**25

@@ -160,6 +160,8 @@ class SamplingMethod(BaseBayesianMethod):
     """A method that predicts with draws from a posterior over one network."""
 
     num_samples: int
+    # Whether `_posterior` computes with tensors as large as the parameters.
+    _computes_posterior = True
 
     @abstractmethod
     def _posterior(self) -> tuple[Model, Any]:
@@ -201,7 +203,8 @@ class SamplingMethod(BaseBayesianMethod):
             NotFittedError: the method has not seen any data yet.
             ValueError: an argument is out of range.
         """
-        model, posterior = workers.alone(self._posterior, self.parameters())
+        large = self.parameters() if self._computes_posterior else ()
+        model, posterior = workers.alone(self._posterior, large)
         return self._predict(
             model,
             posterior,

@@ -56,6 +56,8 @@ class MCDropout(SamplingMethod):
         (torch.Size([2, 3]), torch.Size([2, 3]))
     """
 
+    _computes_posterior = False
+
     def __init__(
         self,
         model: nn.Module,

@@ -285,6 +285,20 @@ def test_the_index_of_a_split_is_not_taken_for_a_fold():
     assert isinstance(random._seed_sequence(random.fold_in(own, 2**40)), random._Words)
 
 
+def test_few_and_many_words_come_from_one_stream(monkeypatch):
+    """NumPy has a function for few and one for many: the words are the same."""
+    many = random._FEW + 1
+    expected = random.Stream(3, torch.device("cpu")).draw(many)
+    monkeypatch.setattr(random, "_FEW", many)
+    assert (random.Stream(3, torch.device("cpu")).draw(many) == expected).all()
+    monkeypatch.setattr(random, "_FEW", many - 1)
+    stream = random.Stream(3, torch.device("cpu"))
+    pieces = [stream.draw(5), stream.draw(many), stream.draw(7)]
+    monkeypatch.setattr(random, "_FEW", 10 * many)
+    whole = random.Stream(3, torch.device("cpu")).draw(many + 12)
+    assert (np.concatenate(pieces) == whole).all()
+
+
 def test_numbers_can_be_drawn_inside_transforms():
     def f(x):
         return (random.normal(0, x.shape) * x).sum()
